@@ -1,0 +1,475 @@
+// The forward pass of the llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+//
+// The same building blocks run under two schedules:
+//
+//   few rows   threads split the outputs of each matrix, so each weight is read once, by one core, at DRAM speed:
+//              qkv | attention | out | gate_up | down, five joins a layer. Cheap preparation (norm, quantise) is
+//              repeated by each thread rather than waited for.
+//   many rows  threads split the rows: a block of rows goes through the whole layer while its activations stay in
+//              cache, and the weights come from the last-level cache: out..down..next qkv | attention, two joins.
+//
+// A row's float operations are the same under both (kernels.h), so the choice is invisible in the results.
+#include "forward.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+
+#include "check_batch.h"
+#include "pack.h"
+#include "sample.h"
+#include "text.h"
+
+namespace hob {
+namespace {
+
+constexpr int kFewRows = 32;       // up to here threads split outputs: ahead below 20 rows, level at 24 to 30 (2 cores)
+constexpr int kHeadPanels = 16;    // panels of the head in one piece: 310 KB of 8-bit weights
+static_assert(kFewRows <= kMaxBlockRows);
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+class Step {
+ public:
+  Step(KvPool& pool, Workspace& workspace, const Batch& batch)
+      : pool_(pool), w_(workspace), m_(workspace.model), net_(m_.network), k_(*m_.kernels), b_(batch) {}
+
+  bool run() {
+    prepare();
+    embed();
+    const bool is_done = b_.num_rows <= kFewRows ? run_few() : run_many();
+    if (is_done) head();
+    if (const int point = w_.bad_point.load(); point >= 0) throw std::runtime_error(describe(point));
+    return is_done;
+  }
+
+ private:
+  // ---- preparation ----
+
+  void prepare() {
+    w_.bad_point.store(-1);
+    w_.is_stop_requested.store(false);
+    w_.num_tops = b_.num_tops;
+    std::fill(std::begin(w_.phase_ns), std::end(w_.phase_ns), 0);
+    w_.logits_rows.clear();
+    w_.score_rows.clear();
+    w_.hidden_rows.clear();
+    for (int s = 0; s < b_.num_sequences; ++s)
+      for (int r = b_.row_start[s]; r < b_.row_start[s + 1]; ++r) w_.sequence_of[r] = s;
+    for (int r = 0; r < b_.num_rows; ++r) switch (static_cast<Out>(b_.out[r])) {
+        case Out::kNone: break;
+        case Out::kLogits: w_.logits_rows.push_back(r); break;
+        case Out::kScore: w_.score_rows.push_back(r); break;
+        case Out::kHidden: w_.hidden_rows.push_back(r); break;
+      }
+    plan_attention();
+  }
+
+  bool is_any_needed(int first, int end) const {
+    return std::any_of(b_.out + first, b_.out + end, [](uint8_t out) { return out != 0; });
+  }
+
+  // Few pieces and long contexts: split by chunks of keys too, so that every thread has work.
+  void plan_attention() {
+    const int group = net_.num_heads / net_.num_kv_heads;
+    w_.pieces.clear();
+    w_.last_pieces.clear();
+    std::fill_n(w_.num_partials, static_cast<size_t>(b_.num_rows) * static_cast<size_t>(net_.num_heads), 0);
+    const bool may_split = b_.num_rows <= kFewRows && m_.threads->num_threads() > 1;
+    int num_partials = 0;
+    for (int s = b_.num_sequences - 1; s >= 0; --s) {
+      const int first_row = b_.row_start[s], num_queries = (b_.row_start[s + 1] - first_row) * group;
+      for (int first = (num_queries - 1) / kMaxQueries * kMaxQueries; first >= 0 && num_queries > 0; first -= kMaxQueries) {
+        const int count = std::min(kMaxQueries, num_queries - first);
+        const int row = first_row + first / group, last_row = first_row + (first + count - 1) / group;
+        const int chunks = b_.index[last_row] / kChunkKeys + 1;
+        const int partials = chunks * count * net_.num_kv_heads;
+        const bool is_split = may_split && chunks > 1 && num_partials + partials <= kMaxPartials;
+        for (int h = 0; h < net_.num_kv_heads; ++h) {
+          if (is_split) reserve_partials(first_row, first, count, group, h, chunks, &num_partials);
+          for (int c = 0; c < (is_split ? chunks : 1); ++c) {
+            const AttentionPiece piece{s, h, first, count, is_split ? c : 0, is_split ? c + 1 : chunks, is_split};
+            w_.pieces.push_back(piece);
+            if (is_any_needed(row, last_row + 1)) w_.last_pieces.push_back(piece);
+          }
+        }
+      }
+    }
+  }
+
+  void reserve_partials(int first_row, int first, int count, int group, int kv_head, int chunks, int* next) {
+    for (int i = first; i < first + count; ++i, *next += chunks) {
+      const int at = (first_row + i / group) * net_.num_heads + kv_head * group + i % group;
+      w_.first_partial[at] = *next;
+      w_.num_partials[at] = std::min(chunks, b_.index[first_row + i / group] / kChunkKeys + 1);
+    }
+  }
+
+  template <class F>
+  void timed(Phase phase, int num_pieces, F&& work) {
+    const int64_t start = now_ns();
+    ++w_.job;
+    m_.threads->run(num_pieces, work);
+    w_.phase_ns[phase] += now_ns() - start;
+  }
+
+  // ---- rows in ----
+
+  void embed() {
+    const int step = 16, stride = m_.hidden_padded(), half = static_cast<int>(m_.rope_frequency.size());
+    timed(kEmbed, (b_.num_rows + step - 1) / step, [&](int piece, int) {
+      for (int r = piece * step; r < std::min(b_.num_rows, (piece + 1) * step); ++r) {
+        float* x = w_.x + static_cast<ptrdiff_t>(r) * stride;
+        unpack_row(m_.embedding.kind, m_.embedding.data, net_.hidden_size, b_.token[r], stride, x);
+        if (net_.embedding_scale != 1.0f)
+          for (int i = 0; i < net_.hidden_size; ++i) x[i] *= net_.embedding_scale;
+        for (int i = 0; i < half; ++i) {
+          const double angle = b_.position[r] * m_.rope_frequency[static_cast<size_t>(i)];
+          w_.cos[static_cast<ptrdiff_t>(r) * half + i] = static_cast<float>(std::cos(angle));
+          w_.sin[static_cast<ptrdiff_t>(r) * half + i] = static_cast<float>(std::sin(angle));
+        }
+      }
+    });
+  }
+
+  // ---- inputs of linear layers, rows first .. first + count ----
+
+  void fill(const Acts& acts, int i, const float* values) {
+    k_.quantise(values, acts.num_groups, acts.tiles + static_cast<ptrdiff_t>(i / kTileRows) * acts.num_groups, i % kTileRows);
+  }
+
+  // x -> norm -> acts. `point` names the place in the network for the check of finiteness.
+  void normalise(const float* x, const float* weight, int point, int i, bool is_float, bool is_quantised, Scratch& s,
+                 const Acts& acts) {
+    float* y = is_float ? acts.rows + static_cast<ptrdiff_t>(i) * acts.stride : s.row;
+    const float sum = k_.rms_norm(x, weight, net_.hidden_size, m_.hidden_padded(), net_.rms_eps, y);
+    if (!std::isfinite(sum)) note_bad(point);
+    if (is_quantised) fill(acts, i, y);
+  }
+
+  // A view of the thread's input buffer for rows of k values.
+  static Acts shaped(const Acts& acts, int k) { return {acts.tiles, acts.rows, padded(k) / kGroup, padded(k)}; }
+
+  Acts attention_input(int layer, int first, int count, Scratch& s) {
+    const Layer& l = m_.layers[static_cast<size_t>(layer)];
+    const Acts acts = shaped(s.in, net_.hidden_size);
+    const bool is_quantised = l.q.is_quantised() || l.k.is_quantised() || l.v.is_quantised();
+    const bool is_float = !l.q.is_quantised() || !l.k.is_quantised() || !l.v.is_quantised();
+    for (int i = 0; i < count; ++i) normalise(row_x(first + i), l.attn_norm, 2 * layer, i, is_float, is_quantised, s, acts);
+    return acts;
+  }
+
+  Acts ffn_input(int layer, int first, int count, Scratch& s) {
+    const Layer& l = m_.layers[static_cast<size_t>(layer)];
+    const Acts acts = shaped(s.in, net_.hidden_size);
+    const bool is_quantised = l.gate.is_quantised() || l.up.is_quantised();
+    const bool is_float = !l.gate.is_quantised() || !l.up.is_quantised();
+    for (int i = 0; i < count; ++i)
+      normalise(row_x(first + i), l.ffn_norm, 2 * layer + 1, i, is_float, is_quantised, s, acts);
+    return acts;
+  }
+
+  Acts out_input(int layer, int first, int count, Scratch& s) {
+    const Acts acts = shaped(s.in, m_.heads_size());
+    const bool is_quantised = m_.layers[static_cast<size_t>(layer)].o.is_quantised();
+    for (int i = 0; i < count; ++i) {
+      float* row = is_quantised ? s.row : acts.rows + static_cast<ptrdiff_t>(i) * acts.stride;
+      // Rows of which nothing is wanted had no attention in the last layer.
+      if (layer + 1 == net_.num_layers && b_.out[first + i] == 0) std::fill_n(row, w_.q_stride, 0.0f);
+      else join_heads(first + i, row);
+      if (is_quantised) fill(acts, i, row);
+    }
+    return acts;
+  }
+
+  void join_heads(int r, float* row) {
+    std::memcpy(row, w_.attended + static_cast<ptrdiff_t>(r) * w_.q_stride, static_cast<size_t>(w_.q_stride) * sizeof(float));
+    for (int h = 0; h < net_.num_heads; ++h) {
+      const ptrdiff_t at = static_cast<ptrdiff_t>(r) * net_.num_heads + h;
+      if (w_.num_partials[at] == 0) continue;
+      k_.merge_partials(partial(w_.first_partial[at]), w_.num_partials[at], net_.head_dim, row + h * net_.head_dim);
+    }
+  }
+
+  float* row_x(int r) { return w_.x + static_cast<ptrdiff_t>(r) * m_.hidden_padded(); }
+  float* partial(int slot) { return w_.partials + static_cast<ptrdiff_t>(slot) * (kPartialHead + net_.head_dim); }
+
+  // ---- linear layers ----
+
+  // out (count, stride) (+)= panels first_panel .. end_panel of `matrix` times acts. `out` is where panel 0 would go.
+  void project(const Matrix& matrix, const Acts& acts, int count, int first_panel, int end_panel, float* out,
+               ptrdiff_t stride, bool is_added) {
+    // While a panel is at work the next one is fetched, an equal share with each tile of rows.
+    const int tiles = (count + kTileRows - 1) / kTileRows;
+    const auto lines = static_cast<int>((matrix.panel_bytes / 64 + static_cast<size_t>(tiles * acts.num_groups) - 1) /
+                                        static_cast<size_t>(tiles * acts.num_groups));
+    for (int p = first_panel; p < end_panel; ++p) {
+      const uint8_t* panel = matrix.data + static_cast<size_t>(p) * matrix.panel_bytes;
+      const uint8_t* ahead = panel + matrix.panel_bytes;
+      for (int i = 0; i < count; i += kTileRows) {
+        const int rows = std::min(kTileRows, count - i);
+        float* to = out + i * stride + p * kPanel;
+        if (matrix.is_quantised())
+          k_.linear(matrix.kind, panel, acts.num_groups, acts.tiles + static_cast<ptrdiff_t>(i / kTileRows) * acts.num_groups,
+                    rows, to, stride, is_added, ahead + static_cast<ptrdiff_t>(i / kTileRows) * acts.num_groups * lines * 64, lines);
+        else
+          k_.linear_f32(reinterpret_cast<const float*>(panel), matrix.k, acts.rows + static_cast<ptrdiff_t>(i) * acts.stride,
+                        acts.stride, rows, to, stride, is_added);
+      }
+    }
+  }
+
+  // QKV is worked on in units of one head, so that the thread that has a head's values rotates and stores them too.
+  // A head that does not fill panels (head_dim % 32 != 0) makes its whole matrix one unit.
+  bool is_head_unit() const { return net_.head_dim % kPanel == 0; }
+  int num_units() const { return is_head_unit() ? net_.num_heads + 2 * net_.num_kv_heads : 3; }
+
+  void qkv_unit(int layer, int unit, const Acts& acts, int first, int count, Scratch& s) {
+    const Layer& l = m_.layers[static_cast<size_t>(layer)];
+    const int q_units = is_head_unit() ? net_.num_heads : 1, kv_units = is_head_unit() ? net_.num_kv_heads : 1;
+    const bool is_query = unit < q_units, is_key = !is_query && unit < q_units + kv_units;
+    const Matrix& matrix = is_query ? l.q : (is_key ? l.k : l.v);
+    const int local = is_query ? unit : (unit - q_units) % kv_units;
+    const int heads = is_head_unit() ? 1 : (is_query ? net_.num_heads : net_.num_kv_heads), first_head = local;
+    const int panels = is_head_unit() ? net_.head_dim / kPanel : matrix.num_panels;
+    float* base = is_query ? w_.q + static_cast<ptrdiff_t>(first) * w_.q_stride : s.heads;
+    const ptrdiff_t stride = is_query ? w_.q_stride : padded(m_.kv_size());
+    project(matrix, acts, count, local * panels, (local + 1) * panels, base, stride, false);
+    for (int i = 0; i < count; ++i)
+      for (int h = first_head; h < first_head + heads; ++h) {
+        float* head = base + i * stride + h * net_.head_dim;
+        if (is_query) rotate(first + i, head, m_.attention_scale);
+        else store(layer, first + i, h, head, is_key);
+      }
+  }
+
+  void rotate(int r, float* head, float scale) {
+    const auto half = static_cast<int>(m_.rope_frequency.size());
+    const ptrdiff_t at = static_cast<ptrdiff_t>(r) * half;
+    k_.rope(head, w_.cos + at, w_.sin + at, half, net_.head_dim, scale);
+  }
+
+  void store(int layer, int r, int head, float* values, bool is_key) {
+    const int table = b_.table_start[w_.sequence_of[r]];
+    const int slot = b_.index[r] % kBlockTokens;
+    uint8_t* block = pool_.block(b_.blocks[table + b_.index[r] / kBlockTokens]);
+    if (is_key) {
+      rotate(r, values, 1.0f);
+      k_.store_key(values, net_.head_dim, reinterpret_cast<uint16_t*>(block + pool_.key_offset(layer, head)), slot);
+    } else {
+      k_.store_value(values, net_.head_dim, reinterpret_cast<uint16_t*>(block + pool_.value_offset(layer, head)), slot);
+    }
+  }
+
+  void gate_up_panel(int layer, int p, const Acts& in, int count, const Acts& ffn, Scratch& s) {
+    const Layer& l = m_.layers[static_cast<size_t>(layer)];
+    project(l.gate, in, count, p, p + 1, s.gate - p * kPanel, kPanel, false);
+    project(l.up, in, count, p, p + 1, s.up - p * kPanel, kPanel, false);
+    k_.silu_mul(s.gate, s.up, count * kPanel, s.gate);
+    for (int i = 0; i < count; ++i) {
+      const float* y = s.gate + i * kPanel;
+      if (l.down.is_quantised())
+        k_.quantise(y, 1, ffn.tiles + static_cast<ptrdiff_t>(i / kTileRows) * ffn.num_groups + p, i % kTileRows);
+      else
+        std::copy_n(y, kPanel, ffn.rows + static_cast<ptrdiff_t>(i) * ffn.stride + p * kPanel);
+    }
+  }
+
+  // ---- attention ----
+
+  void attend(int layer, const AttentionPiece& piece, Scratch& s) {
+    const int group = net_.num_heads / net_.num_kv_heads;
+    const float* query[kMaxQueries];
+    float* out[kMaxQueries];
+    int32_t length[kMaxQueries];
+    for (int i = 0; i < piece.num_queries; ++i) {
+      const int r = b_.row_start[piece.sequence] + (piece.first_query + i) / group;
+      const int head = piece.kv_head * group + (piece.first_query + i) % group;
+      const ptrdiff_t at = static_cast<ptrdiff_t>(r) * w_.q_stride + head * net_.head_dim;
+      const int slot = w_.first_partial[static_cast<ptrdiff_t>(r) * net_.num_heads + head] + piece.first_chunk;
+      query[i] = w_.q + at;
+      out[i] = piece.is_partial ? partial(slot) : w_.attended + at;
+      length[i] = b_.index[r] + 1;
+    }
+    const AttentionCall call = {query,
+                                length,
+                                out,
+                                piece.num_queries,
+                                net_.head_dim,
+                                b_.blocks + b_.table_start[piece.sequence],
+                                pool_.block(0) + pool_.key_offset(layer, piece.kv_head),
+                                pool_.block(0) + pool_.value_offset(layer, piece.kv_head),
+                                pool_.block_bytes(),
+                                piece.first_chunk,
+                                piece.end_chunk,
+                                piece.is_partial,
+                                s.attention};
+    k_.attention(&call);
+  }
+
+  void attention(int layer) {
+    const auto& pieces = layer + 1 == net_.num_layers ? w_.last_pieces : w_.pieces;
+    timed(kAttention, static_cast<int>(pieces.size()),
+          [&](int piece, int thread) { attend(layer, pieces[static_cast<size_t>(piece)], scratch(thread)); });
+  }
+
+  Scratch& scratch(int thread) { return w_.scratch[static_cast<size_t>(thread)]; }
+  bool is_stopped() const { return w_.is_stop_requested.load(std::memory_order_relaxed); }
+
+  // ---- few rows: threads split outputs ----
+
+  // The thread's input for this job, made on its first piece of it.
+  template <class F>
+  Acts prepared(Scratch& s, int k, F&& make) {
+    if (s.prepared == w_.job) return shaped(s.in, k);
+    s.prepared = w_.job;
+    return make();
+  }
+
+  bool run_few() {
+    const int n = b_.num_rows;
+    for (int layer = 0; layer < net_.num_layers; ++layer) {
+      if (is_stopped()) return false;
+      const Layer& l = m_.layers[static_cast<size_t>(layer)];
+      timed(kQkv, num_units(), [&](int unit, int thread) {
+        Scratch& s = scratch(thread);
+        const Acts in = prepared(s, net_.hidden_size, [&] { return attention_input(layer, 0, n, s); });
+        qkv_unit(layer, unit, in, 0, n, s);
+      });
+      if (layer + 1 == net_.num_layers && !is_any_needed(0, n)) return true;
+      attention(layer);
+      timed(kOut, l.o.num_panels, [&](int p, int thread) {
+        Scratch& s = scratch(thread);
+        const Acts in = prepared(s, m_.heads_size(), [&] { return out_input(layer, 0, n, s); });
+        project(l.o, in, n, p, p + 1, w_.x, m_.hidden_padded(), true);
+      });
+      timed(kGateUp, l.gate.num_panels, [&](int p, int thread) {
+        Scratch& s = scratch(thread);
+        const Acts in = prepared(s, net_.hidden_size, [&] { return ffn_input(layer, 0, n, s); });
+        gate_up_panel(layer, p, in, n, w_.ffn, s);
+      });
+      timed(kDown, l.down.num_panels,
+            [&](int p, int) { project(l.down, w_.ffn, n, p, p + 1, w_.x, m_.hidden_padded(), true); });
+    }
+    return true;
+  }
+
+  // ---- many rows: threads split rows ----
+
+  void qkv_rows(int layer, int first, int count, Scratch& s) {
+    const Acts in = attention_input(layer, first, count, s);
+    for (int unit = 0; unit < num_units(); ++unit) qkv_unit(layer, unit, in, first, count, s);
+  }
+
+  void finish_rows(int layer, int first, int count, Scratch& s) {
+    const Layer& l = m_.layers[static_cast<size_t>(layer)];
+    project(l.o, out_input(layer, first, count, s), count, 0, l.o.num_panels, row_x(first), m_.hidden_padded(), true);
+    const Acts in = ffn_input(layer, first, count, s);
+    for (int p = 0; p < l.gate.num_panels; ++p) gate_up_panel(layer, p, in, count, s.ffn, s);
+    project(l.down, s.ffn, count, 0, l.down.num_panels, row_x(first), m_.hidden_padded(), true);
+  }
+
+  bool run_many() {
+    const int tiles = (b_.num_rows + kTileRows - 1) / kTileRows, most = kMaxBlockRows / kTileRows;
+    const int threads = m_.threads->num_threads();
+    const int blocks = std::min(tiles, ((tiles + most - 1) / most + threads - 1) / threads * threads);
+    const auto first_row = [&](int block) {
+      return std::min(b_.num_rows, static_cast<int>(int64_t{tiles} * block / blocks) * kTileRows);
+    };
+    for (int layer = 0; layer <= net_.num_layers; ++layer) {
+      if (is_stopped()) return false;
+      timed(kLayers, blocks, [&](int block, int thread) {
+        const int first = first_row(block), count = first_row(block + 1) - first;
+        const bool is_last = layer == net_.num_layers;
+        if (layer > 0 && (!is_last || is_any_needed(first, first + count))) finish_rows(layer - 1, first, count, scratch(thread));
+        if (!is_last) qkv_rows(layer, first, count, scratch(thread));
+      });
+      if (layer < net_.num_layers) attention(layer);
+    }
+    return true;
+  }
+
+  // ---- what is wanted of the rows ----
+
+  void head() {
+    const int64_t start = now_ns();
+    for (size_t i = 0; i < w_.logits_rows.size(); i += kMaxBlockRows)
+      head_block(w_.logits_rows, i, w_.logits + static_cast<ptrdiff_t>(i) * w_.vocab_padded);
+    for (size_t i = 0; i < w_.score_rows.size(); i += kMaxBlockRows) {
+      head_block(w_.score_rows, i, w_.score_logits);
+      score_block(i);
+    }
+    const int point = 2 * net_.num_layers;
+    for (size_t i = 0; i < w_.hidden_rows.size(); ++i) {
+      normalise(row_x(w_.hidden_rows[i]), m_.output_norm, point, 0, false, false, scratch(0), w_.head);
+      std::memcpy(w_.hidden + i * static_cast<size_t>(net_.hidden_size), scratch(0).row,
+                  static_cast<size_t>(net_.hidden_size) * sizeof(float));
+    }
+    w_.phase_ns[kHead] = now_ns() - start;
+  }
+
+  // Logits of up to kMaxBlockRows of `rows` from the i-th on -> out (.., Vp), padding minus infinity.
+  void head_block(const std::vector<int32_t>& rows, size_t i, float* out) {
+    const int count = static_cast<int>(std::min<size_t>(kMaxBlockRows, rows.size() - i));
+    const Matrix& head = m_.head;
+    timed(kHead, count, [&](int j, int thread) {
+      normalise(row_x(rows[i + static_cast<size_t>(j)]), m_.output_norm, 2 * net_.num_layers, j, !head.is_quantised(),
+                head.is_quantised(), scratch(thread), w_.head);
+    });
+    timed(kHead, (head.num_panels + kHeadPanels - 1) / kHeadPanels, [&](int piece, int) {
+      const int first = piece * kHeadPanels;
+      project(head, w_.head, count, first, std::min(head.num_panels, first + kHeadPanels), out, w_.vocab_padded, false);
+    });
+    for (int j = 0; j < count; ++j)
+      std::fill(out + static_cast<ptrdiff_t>(j) * w_.vocab_padded + net_.vocab_size,
+                out + static_cast<ptrdiff_t>(j + 1) * w_.vocab_padded, -INFINITY);
+  }
+
+  void score_block(size_t i) {
+    const int count = static_cast<int>(std::min<size_t>(kMaxBlockRows, w_.score_rows.size() - i));
+    timed(kHead, count, [&](int j, int thread) {
+      const size_t n = i + static_cast<size_t>(j);
+      const float* logits = w_.score_logits + static_cast<ptrdiff_t>(j) * w_.vocab_padded;
+      Scratch& s = scratch(thread);
+      const double lse = log_sum_exp(k_, logits, w_.vocab_padded, s);
+      if (!std::isfinite(lse)) note_bad(2 * net_.num_layers + 1);
+      w_.score_logprob[n] = static_cast<float>(logits[b_.target[w_.score_rows[n]]] - lse);
+      most_likely(k_, logits, w_.vocab_padded, w_.num_tops, lse, s, w_.top_ids + n * kMaxTops, w_.top_logprobs + n * kMaxTops);
+    });
+  }
+
+  // ---- finiteness ----
+
+  void note_bad(int point) {
+    int seen = w_.bad_point.load();
+    while ((seen < 0 || point < seen) && !w_.bad_point.compare_exchange_weak(seen, point)) {
+    }
+  }
+
+  std::string describe(int point) const {
+    const int layer = point / 2;
+    if (point == 0) return "a value is not finite: in the embedding";
+    if (point == 2 * net_.num_layers + 1) return "a value is not finite: in the output head";
+    return point % 2 == 1 ? text("a value is not finite: after the attention of layer ", layer)
+                          : text("a value is not finite: after the FFN of layer ", layer - 1);
+  }
+
+  KvPool& pool_;
+  Workspace& w_;
+  const Model& m_;
+  const Network& net_;
+  const Kernels& k_;
+  const Batch& b_;
+};
+
+}  // namespace
+
+bool forward(KvPool& pool, Workspace& workspace, const Batch& batch) {
+  check_batch(batch, workspace, pool);
+  return Step(pool, workspace, batch).run();
+}
+
+}  // namespace hob

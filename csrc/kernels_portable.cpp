@@ -1,0 +1,78 @@
+// Kernels for any CPU: plain C++ that the compiler lowers to the target's baseline. The reference among the native
+// paths, and what an aarch64 build runs. Layouts and contracts: kernels.h.
+#include "kernels.h"
+#include "vec_portable.h"
+
+namespace {
+constexpr int kRows = 2;
+constexpr int kValueVecs = 1;
+}  // namespace
+
+#include "kernels_body.inc"
+
+namespace hob {
+namespace {
+
+
+inline float half_at(const uint8_t* p, int i) {
+  uint16_t h;
+  std::memcpy(&h, p + 2 * i, 2);
+  return half_to_float(h);
+}
+
+// dot[c] for the 32 columns of one group and one row; codes as packed.
+inline void dot_group(const uint8_t* codes, bool is_nibbles, const ActGroup& a, int row, int32_t init, int32_t* dot) {
+  for (int c = 0; c < 32; ++c) dot[c] = init;
+  for (int j = 0; j < 8; ++j) {
+    const int8_t* x = a.codes[j][row];
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* w = is_nibbles ? codes + j * 64 : codes + j * 128 + half * 64;
+      const int shift = is_nibbles ? 4 * half : 0;
+      const int mask = is_nibbles ? 15 : 255;
+      for (int c = 0; c < 16; ++c) {
+        int32_t s = 0;
+        for (int i = 0; i < 4; ++i) s += ((w[c * 4 + i] >> shift) & mask) * x[i];
+        dot[half * 16 + c] += s;
+      }
+    }
+  }
+}
+
+void linear(Kind kind, const uint8_t* panel, int num_groups, const ActGroup* tile, int num_rows, float* out,
+            ptrdiff_t out_stride, bool is_added, const uint8_t*, int) {
+  const bool is_nibbles = kind == Kind::kQ4M || kind == Kind::kQ4S;
+  const bool has_min = kind == Kind::kQ4M || kind == Kind::kQ8M;
+  const size_t code_bytes = is_nibbles ? 512 : 1024;
+  const size_t group_bytes = code_bytes + (has_min ? 128 : 64);
+  float acc[kTileRows][32] = {};
+  for (int g = 0; g < num_groups; ++g, panel += group_bytes) {
+    const ActGroup& a = tile[g];
+    float d[32], m[32];
+    for (int c = 0; c < 32; ++c) {
+      d[c] = half_at(panel + code_bytes, c);
+      m[c] = has_min ? half_at(panel + code_bytes + 64, c) : 0.0f;
+    }
+    for (int r = 0; r < num_rows; ++r) {
+      const int32_t init = has_min ? 0 : (is_nibbles ? a.init4[r] : a.init8[r]);
+      int32_t dot[32];
+      dot_group(panel, is_nibbles, a, r, init, dot);
+      for (int c = 0; c < 32; ++c) acc[r][c] += static_cast<float>(dot[c]) * (d[c] * a.scale[r]);
+      if (has_min)
+        for (int c = 0; c < 32; ++c) acc[r][c] += m[c] * a.scaled_sum[r];
+    }
+  }
+  for (int r = 0; r < num_rows; ++r)
+    for (int c = 0; c < 32; ++c) {
+      float* o = out + r * out_stride + c;
+      *o = is_added ? *o + acc[r][c] : acc[r][c];
+    }
+}
+
+const Kernels kTable = {"portable", linear,    linear_f32,  rms_norm,  quantise,       silu_mul,     rope,
+                        store_key,  store_value, attention, merge_partials, block_maxima, exp_sums, select_at_least};
+
+}  // namespace
+
+const Kernels* portable_kernels() { return &kTable; }
+
+}  // namespace hob

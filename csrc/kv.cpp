@@ -1,0 +1,48 @@
+// The pool of kv.h.
+#include "kv.h"
+
+#include <cstring>
+
+#include "text.h"
+
+namespace hob {
+
+KvPool::KvPool(const Model& model_, int num_blocks)
+    : model(model_),
+      num_blocks_(num_blocks),
+      num_layers_(model.network.num_layers),
+      num_heads_(model.network.num_kv_heads),
+      head_dim_(model.network.head_dim),
+      head_bytes_(static_cast<size_t>(head_dim_) * kBlockTokens * 2),
+      block_bytes_(2 * head_bytes_ * static_cast<size_t>(num_heads_) * static_cast<size_t>(num_layers_)) {
+  if (num_blocks < 1) refuse("num_blocks is ", num_blocks, ", expected at least 1");
+  region_ = Region::anonymous(block_bytes_ * static_cast<size_t>(num_blocks), true);
+}
+
+size_t KvPool::key_offset(int layer, int head) const {
+  return static_cast<size_t>(2 * layer * num_heads_ + head) * head_bytes_;
+}
+
+size_t KvPool::value_offset(int layer, int head) const {
+  return static_cast<size_t>((2 * layer + 1) * num_heads_ + head) * head_bytes_;
+}
+
+void KvPool::check(int i) const {
+  if (i < 0 || i >= num_blocks_) refuse("block ", i, " is not in the pool of ", num_blocks_);
+}
+
+void KvPool::copy(int source, int destination, int num_tokens) {
+  check(source);
+  check(destination);
+  if (num_tokens < 0 || num_tokens > kBlockTokens) refuse("num_tokens is ", num_tokens, ", expected 0..", kBlockTokens);
+  const auto tokens = static_cast<size_t>(num_tokens);
+  for (int layer = 0; layer < num_layers_; ++layer)
+    for (int head = 0; head < num_heads_; ++head) {
+      const size_t keys = key_offset(layer, head), values = value_offset(layer, head);
+      for (size_t d = 0; d < static_cast<size_t>(head_dim_); ++d)
+        std::memmove(block(destination) + keys + d * kBlockTokens * 2, block(source) + keys + d * kBlockTokens * 2, tokens * 2);
+      std::memmove(block(destination) + values, block(source) + values, tokens * static_cast<size_t>(head_dim_) * 2);
+    }
+}
+
+}  // namespace hob

@@ -1,0 +1,37 @@
+// The KV pool: blocks of 16 tokens, each contiguous over all layers, so a block is one read or write of a disk.
+//
+//   block = layer 0 | layer 1 | ...        layer = keys of all KV heads | values of all KV heads
+//   key of a head: (head_dim, 16) float16  value of a head: (16, head_dim) float16
+//
+// Keys lie with 16 tokens side by side, so a register holds 16 keys and nothing is summed across its lanes.
+// Which block is whose is not known here. The layout is the same on every instruction set.
+#pragma once
+
+#include "memory.h"
+#include "model.h"
+
+namespace hob {
+
+class KvPool {
+ public:
+  // Throws std::bad_alloc when the address space cannot be had, std::invalid_argument for a count below 1.
+  KvPool(const Model& model, int num_blocks);
+
+  const Model& model;
+  size_t block_bytes() const { return block_bytes_; }
+  int num_blocks() const { return num_blocks_; }
+  uint8_t* block(int i) { return region_.data() + static_cast<size_t>(i) * block_bytes_; }
+  // Bytes from a block's start.
+  size_t key_offset(int layer, int head) const;
+  size_t value_offset(int layer, int head) const;
+  // Throws std::invalid_argument when i is not a block.
+  void check(int i) const;
+  void copy(int source, int destination, int num_tokens);
+
+ private:
+  int num_blocks_, num_layers_, num_heads_, head_dim_;
+  size_t head_bytes_, block_bytes_;
+  Region region_;
+};
+
+}  // namespace hob

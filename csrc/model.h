@@ -1,0 +1,87 @@
+// A model in memory: its shape, its matrices in packed form, the kernels and the threads that work on it.
+//
+// Checked once, here, against the file and against the network's shape, so that the forward pass can trust every
+// pointer. Errors are std::invalid_argument with the numbers.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+#include "threads.h"
+
+namespace hob {
+
+// models/network.py's Network. Counts are of one model; 0 and empty mean what that file says.
+struct Network {
+  std::string architecture;
+  int num_layers = 0, hidden_size = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0, ffn_size = 0, vocab_size = 0;
+  int context_length = 0;
+  float rms_eps = 1e-5f;
+  double rope_theta = 10000.0, rope_scale = 1.0;
+  int rope_dim = 0;
+  std::vector<double> rope_factors;
+  bool is_head_tied = true;
+  float embedding_scale = 1.0f, attention_scale = 0.0f;
+};
+
+struct TensorEntry {
+  std::string name;
+  int kind;
+  int64_t n, k;
+  uint64_t offset, num_bytes;
+};
+
+// Weights of one linear layer: n outputs, k inputs, in panels (kernels.h).
+struct Matrix {
+  Kind kind = Kind::kF32;
+  const uint8_t* data = nullptr;
+  int n = 0, k = 0;
+  int num_panels = 0;
+  size_t panel_bytes = 0;
+
+  bool is_quantised() const { return kind != Kind::kF32; }
+};
+
+struct Layer {
+  const float* attn_norm;  // (hidden padded to 32)
+  const float* ffn_norm;   // (hidden padded to 32)
+  Matrix q, k, v, o, gate, up, down;
+};
+
+constexpr int padded(int n) { return (n + 31) / 32 * 32; }
+
+class Model {
+ public:
+  Model(const std::string& path, uint64_t data_offset, Network network, const std::vector<TensorEntry>& tensors,
+        const std::string& isa, int num_threads, bool is_mapped);
+
+  Network network;
+  const Kernels* kernels;
+  std::vector<Layer> layers;
+  Matrix embedding, head;
+  const float* output_norm;
+  std::vector<double> rope_frequency;  // (rope_dim / 2) radians per position
+  float attention_scale;
+  uint64_t weight_bytes = 0;
+  std::unique_ptr<ThreadPool> threads;
+
+  int hidden_padded() const { return padded(network.hidden_size); }
+  int heads_size() const { return network.num_heads * network.head_dim; }
+  int kv_size() const { return network.num_kv_heads * network.head_dim; }
+
+ private:
+  void check_network() const;
+  void read_weights(const std::string& path, uint64_t data_offset, uint64_t bytes, bool is_mapped);
+  Matrix matrix(const std::string& name, int n, int k) const;
+  const float* vector(const std::string& name, int k);
+
+  std::vector<TensorEntry> tensors_;
+  Region region_;
+  const uint8_t* data_ = nullptr;
+  std::vector<std::vector<float>> vectors_;
+};
+
+}  // namespace hob

@@ -1,0 +1,73 @@
+// The buffers of workspace.h.
+#include "workspace.h"
+
+#include <algorithm>
+
+#include "text.h"
+
+namespace hob {
+
+const char* const kPhaseNames[kNumPhases] = {"embed", "qkv", "attention", "out", "gate_up", "down", "layers", "head"};
+
+void Workspace::add_acts(Acts* acts, int k, int rows) {
+  acts->num_groups = padded(k) / kGroup;
+  acts->stride = padded(k);
+  const auto tiles = static_cast<size_t>((rows + kTileRows - 1) / kTileRows);
+  arena_.add(&acts->tiles, tiles * static_cast<size_t>(acts->num_groups));
+  arena_.add(&acts->rows, static_cast<size_t>(rows) * static_cast<size_t>(acts->stride));
+}
+
+Workspace::Workspace(const Model& model_, int max_rows_) : model(model_), max_rows(max_rows_) {
+  if (max_rows < 1 || max_rows > (1 << 20)) refuse("max_rows is ", max_rows, ", expected 1..", 1 << 20);
+  const Network& net = model.network;
+  const auto rows = static_cast<size_t>(max_rows), heads = static_cast<size_t>(net.num_heads);
+  const int widest = std::max(net.hidden_size, model.heads_size());
+  vocab_padded = padded(net.vocab_size);
+  q_stride = padded(model.heads_size());
+  const auto vocab = static_cast<size_t>(vocab_padded);
+
+  arena_.add(&x, rows * static_cast<size_t>(model.hidden_padded()));
+  arena_.add(&q, rows * static_cast<size_t>(q_stride));
+  arena_.add(&attended, rows * static_cast<size_t>(q_stride));
+  arena_.add(&cos, rows * model.rope_frequency.size());
+  arena_.add(&sin, rows * model.rope_frequency.size());
+  arena_.add(&sequence_of, rows);
+  arena_.add(&first_partial, rows * heads);
+  arena_.add(&num_partials, rows * heads);
+  arena_.add(&partials, static_cast<size_t>(kMaxPartials) * static_cast<size_t>(kPartialHead + net.head_dim));
+  add_acts(&ffn, net.ffn_size, kMaxBlockRows);
+  add_acts(&head, net.hidden_size, kMaxBlockRows);
+  arena_.add(&score_logits, kMaxBlockRows * vocab);
+  arena_.add(&hidden, rows * static_cast<size_t>(net.hidden_size));
+  arena_.add(&score_logprob, rows);
+  arena_.add(&top_ids, rows * kMaxTops);
+  arena_.add(&top_logprobs, rows * kMaxTops);
+  scratch.resize(static_cast<size_t>(model.threads->num_threads()));
+  for (Scratch& s : scratch) {
+    add_acts(&s.in, widest, kMaxBlockRows);
+    add_acts(&s.ffn, net.ffn_size, kMaxBlockRows);
+    arena_.add(&s.row, static_cast<size_t>(padded(widest)));
+    arena_.add(&s.heads, static_cast<size_t>(kMaxBlockRows) * static_cast<size_t>(padded(model.kv_size())));
+    arena_.add(&s.gate, kMaxBlockRows * kPanel);
+    arena_.add(&s.up, kMaxBlockRows * kPanel);
+    arena_.add(&s.attention, attention_scratch_floats(net.head_dim));
+    arena_.add(&s.logits, vocab);
+    arena_.add(&s.weights, vocab);
+    arena_.add(&s.maxima, vocab / 32);
+    arena_.add(&s.sums, vocab / 512 + 1);
+    arena_.add(&s.ids, vocab);
+    arena_.add(&s.counts, vocab);
+  }
+  arena_.add(&logits, rows * vocab);
+  arena_.commit(false);
+
+  const auto group = heads / static_cast<size_t>(net.num_kv_heads);
+  const size_t most_pieces = (rows * group / kMaxQueries + rows + 1) * static_cast<size_t>(net.num_kv_heads) + kMaxPartials;
+  pieces.reserve(most_pieces);
+  last_pieces.reserve(most_pieces);
+  logits_rows.reserve(rows);
+  score_rows.reserve(rows);
+  hidden_rows.reserve(rows);
+}
+
+}  // namespace hob

@@ -1,0 +1,97 @@
+// All memory a step needs beside weights and KV, taken once: a step allocates nothing.
+//
+// Shapes use R = max_rows, H = hidden, Q = heads x head_dim, F = ffn, V = vocab; "p" after a size means padded to 32.
+// Large buffers that a device may never use (logits of all R rows, say) are address space only until touched.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+#include "model.h"
+
+namespace hob {
+
+constexpr int kMaxBlockRows = 48;    // most rows a thread takes through a layer at once
+constexpr int kMaxTops = 128;        // most likely tokens one may ask for
+constexpr int kMaxPartials = 2048;   // attention results of split chunks kept for merging
+
+enum Phase { kEmbed, kQkv, kAttention, kOut, kGateUp, kDown, kLayers, kHead, kNumPhases };
+extern const char* const kPhaseNames[kNumPhases];
+
+// Input of a linear layer for up to kMaxBlockRows rows: quantised tiles, and float rows where a float32 matrix needs them.
+struct Acts {
+  ActGroup* tiles;  // (rows / 6, k / 32)
+  float* rows;      // (rows, stride)
+  int num_groups;   // k / 32
+  int stride;       // k padded to 32
+};
+
+// What a thread needs to itself.
+struct Scratch {
+  Acts in;           // input of QKV, of the output projection, of gate and up: k = max(H, Q)
+  Acts ffn;          // input of down: k = F
+  float* row;        // (max(Hp, Qp))
+  float* heads;      // (kMaxBlockRows, max(Qp, KVp)): keys or values before they go to the pool
+  float* gate;       // (kMaxBlockRows, 32)
+  float* up;         // (kMaxBlockRows, 32)
+  float* attention;  // attention_scratch_floats
+  float* logits;     // (Vp) penalised copy of a row
+  float* weights;    // (Vp) exp of it
+  float* maxima;     // (Vp / 32)
+  double* sums;      // (Vp / 512 + 1)
+  int32_t* ids;      // (Vp)
+  int32_t* counts;   // (Vp) zero between uses
+  uint64_t prepared = 0;  // the job `in` was filled for
+};
+
+// One call of the attention kernel: queries first .. first + count of a sequence (row-major over rows x heads of a group).
+struct AttentionPiece {
+  int sequence, kv_head, first_query, num_queries, first_chunk, end_chunk;
+  bool is_partial;
+};
+
+class Workspace {
+ public:
+  Workspace(const Model& model, int max_rows);
+
+  const Model& model;
+  const int max_rows;
+  int vocab_padded, q_stride;
+
+  float* x;         // (R, Hp) residual stream
+  float* q;         // (R, Qp) rotated, scaled queries
+  float* attended;  // (R, Qp)
+  float* cos;       // (R, rope_dim / 2)
+  float* sin;       // (R, rope_dim / 2)
+  int32_t* sequence_of;     // (R)
+  int32_t* first_partial;   // (R, heads) slot in `partials`
+  int32_t* num_partials;    // (R, heads) 0: the result is in `attended`
+  float* partials;          // (kMaxPartials, kPartialHead + head_dim)
+  Acts ffn;                 // shared by threads when they split the outputs: k = F
+  Acts head;                // k = H
+  float* logits;            // (R, Vp)
+  float* score_logits;      // (kMaxBlockRows, Vp)
+  float* hidden;            // (R, H)
+  float* score_logprob;     // (R)
+  int32_t* top_ids;         // (R, kMaxTops)
+  float* top_logprobs;      // (R, kMaxTops)
+  std::vector<Scratch> scratch;
+
+  // Of the last step, reserved in full at the start.
+  std::vector<AttentionPiece> pieces, last_pieces;
+  std::vector<int32_t> logits_rows, score_rows, hidden_rows;
+  int num_tops = 0;
+  int64_t phase_ns[kNumPhases] = {};
+  uint64_t job = 0;
+  std::atomic<int> bad_point{-1};  // earliest point with a value that is not finite
+  std::atomic<bool> is_stop_requested{false};
+
+ private:
+  void add_acts(Acts* acts, int k, int rows);
+  Arena arena_;
+};
+
+}  // namespace hob

@@ -1,0 +1,94 @@
+"""The application: which path is answered by what. Routes only.
+
+FastAPI routes and answers; bodies are msgspec structs (schema.py), so its document is made from them in openapi.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from hob import __version__
+from hob.api import contexts, info
+from hob.api.call import Call
+from hob.api.chat import chat_completions
+from hob.api.classify import classify
+from hob.api.completions import completions
+from hob.api.edge import Edge
+from hob.api.embeddings import embeddings
+from hob.api.openapi import document
+from hob.api.replies import error_reply
+from hob.api.services import Services
+from hob.api.tokenize import tokenize
+from hob.errors import NotFound
+
+Route = Callable[[Call, bytes], Awaitable[Response]]
+
+POSTS: dict[str, Route] = {
+    "/v1/chat/completions": chat_completions,
+    "/v1/completions": completions,
+    "/v1/embeddings": embeddings,
+    "/hob/v1/classify": classify,
+    "/hob/v1/tokenize": tokenize,
+}
+GETS: dict[str, Callable[[Call], Awaitable[Response]]] = {
+    "/v1/models": info.list_models,
+    "/hob/v1/stats": info.stats,
+    "/health": info.health,
+}
+
+
+def create_app(services: Services) -> FastAPI:
+    """The ASGI application. Serve it with uvicorn and `http=protocol.HobProtocol`."""
+    app = FastAPI(title="Hob", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.services = services
+    for path, post in POSTS.items():
+        app.router.add_route(path, _post(post), methods=["POST"])
+    for path, get in GETS.items():
+        app.router.add_route(path, _get(get), methods=["GET"])
+    app.router.add_route("/v1/models/{name:path}", _model, methods=["GET"])
+    contexts.register(app, _call)
+    app.openapi = document  # type: ignore[method-assign]
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(Edge, max_body_bytes=services.config.server.max_body_bytes)
+    return app
+
+
+def _call(request: Request) -> Call:
+    record = request.state.record
+    return Call(request.app.state.services, record.app, request.headers.get("x-hob-class"), record, request.receive)
+
+
+def _post(route: Route) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        return await route(_call(request), await request.body())
+
+    return endpoint
+
+
+def _get(route: Callable[[Call], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        return await route(_call(request))
+
+    return endpoint
+
+
+async def _model(request: Request) -> Response:
+    return await info.get_model(_call(request), request.path_params["name"])
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """The router's own errors, 404 and 405, in our shape."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        reply = NotFound(f"{request.method} is not possible at '{path}'. Expected {allowed}.")
+        reply.code = "method_not_allowed"
+    else:
+        reply = NotFound(f"there is nothing at '{path}'. Known: {', '.join(sorted([*GETS, *POSTS]))}.")
+    reply.status = error.status_code
+    return error_reply(reply)

@@ -1,0 +1,66 @@
+"""One call of one app: who asks, at which class, what its log line will say. Made at the edge, used by all routes."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.types import Receive
+
+from hob.api.generate import Totals
+from hob.api.params import service_class
+from hob.api.services import Services
+from hob.api.stream import until_gone
+from hob.request import Kind, Request, ServiceClass
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Record:
+    """What a request's log line says."""
+
+    app: str
+    endpoint: str
+    started_s: float = field(default_factory=time.perf_counter)
+    first_output_s: float | None = None
+    """When the first output was there, on the clock of `started_s`."""
+    totals: Totals = field(default_factory=Totals)
+
+    def note_output(self) -> None:
+        """Call at the first output; later calls change nothing."""
+        if self.first_output_s is None:
+            self.first_output_s = time.perf_counter()
+
+
+@dataclass(slots=True)
+class Call:
+    """What a route gets beside its body."""
+
+    services: Services
+    app: str
+    class_header: str | None
+    record: Record
+    receive: Receive
+
+    def request(self, token_ids: list[int], kind: Kind, class_field: str | None, **fields: Any) -> Request:
+        """A Request of this app."""
+        return Request(
+            request_id=secrets.token_hex(12),
+            app=self.app,
+            token_ids=token_ids,
+            kind=kind,
+            service_class=self.class_of(class_field),
+            **fields,
+        )
+
+    def class_of(self, class_field: str | None) -> ServiceClass:
+        """The class asked for by field or header. Raises InvalidRequest."""
+        return service_class(class_field, self.class_header)
+
+    async def while_connected(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run work that ends when the client leaves."""
+        return await until_gone(self.receive, work)

@@ -1,0 +1,120 @@
+"""/hob/v1/classify: which label fits, with probabilities that are computed rather than sampled.
+
+Each label is scored as what the model would say next, exactly, over one shared prefix:
+
+    text        user turn "{instruction}\\n\\nText: {text}\\nLabel:", then the assistant says the label
+    messages    the given conversation, then the assistant says the label
+    prompt      the given raw text, then " " + label, or the given `continuations`, one for each label
+
+The default instruction names the labels and does not depend on the text, so it is computed once and cached.
+A label's probability is the softmax over labels of the sum of its tokens' log-probabilities; `normalise: "mean"`
+divides each sum by its number of tokens first, which does not punish long labels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from starlette.responses import Response
+
+from hob.api import score
+from hob.api.body import parse_body
+from hob.api.call import Call
+from hob.api.chat import plain_messages
+from hob.api.params import fit_context
+from hob.api.replies import json_reply
+from hob.api.schema import ClassifyRequest
+from hob.api.together import aside
+from hob.api.wire import usage_object
+from hob.errors import InvalidRequest
+from hob.request import Kind
+
+MAX_LABELS = 128
+INSTRUCTION = "Classify the text. Answer with one of these labels only: {labels}."
+
+
+async def classify(call: Call, raw: bytes) -> Response:
+    """Score the labels."""
+    body = parse_body(raw, ClassifyRequest)
+    model = call.services.resolve_model(body.model)
+    labels, texts = _labels(body)
+    prefix = await aside(len(raw), lambda: _prefix(call, body, labels))
+    tokenizer = call.services.tokenizer
+    continuations = [tokenizer.encode(text, add_bos=False) for text in texts]
+    longest = max(map(len, continuations))
+    fit_context(len(prefix) + longest, 0, model.context_length, prompt_param=_source(body), least=0)
+    request = call.request(prefix, Kind.SCORE, body.service_class, continuations=continuations)
+    results = await call.while_connected(score.run(call, request))
+    sums = [sum(result.logprobs) for result in results]
+    counts = [len(result.logprobs) for result in results]
+    weighed = [s / n for s, n in zip(sums, counts, strict=True)] if body.normalise == "mean" else sums
+    probabilities = softmax(weighed)
+    scored = [
+        {"label": label, "probability": p, "logprob": s, "num_tokens": n}
+        for label, p, s, n in zip(labels, probabilities, sums, counts, strict=True)
+    ]
+    best = max(scored, key=lambda entry: entry["probability"])
+    reply: dict[str, Any] = {
+        "object": "classification",
+        "model": model.name,
+        "label": best["label"],
+        "labels": scored,
+        "usage": usage_object(call.record.totals),
+    }
+    return json_reply(reply)
+
+
+def softmax(values: list[float]) -> list[float]:
+    """Probabilities from log-probabilities, safe for very small ones."""
+    top = max(values)
+    weights = [math.exp(value - top) for value in values]
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def _source(body: ClassifyRequest) -> str:
+    """Which of the three sources is given. Raises InvalidRequest unless it is exactly one."""
+    given = [name for name in ("text", "messages", "prompt") if getattr(body, name) is not None]
+    if len(given) != 1:
+        found = ", ".join(given) or "none"
+        raise InvalidRequest(f"expected exactly one of text, messages and prompt, found {found}", param="text")
+    return given[0]
+
+
+def _labels(body: ClassifyRequest) -> tuple[list[str], list[str]]:
+    """Labels as reported and the texts that are scored for them."""
+    source = _source(body)
+    if body.continuations is not None and source != "prompt":
+        raise InvalidRequest(f"field 'continuations' goes with 'prompt', not with '{source}'", param="continuations")
+    if body.instruction is not None and source != "text":
+        raise InvalidRequest(f"field 'instruction' goes with 'text', not with '{source}'", param="instruction")
+    labels = body.labels if body.labels is not None else body.continuations
+    if labels is None or not 2 <= len(labels) <= MAX_LABELS:
+        count = "missing" if labels is None else f"{len(labels)} labels"
+        raise InvalidRequest(f"field 'labels': {count}. Expected 2 to {MAX_LABELS}.", param="labels")
+    if len(set(labels)) != len(labels):
+        raise InvalidRequest("field 'labels' names a label twice", param="labels")
+    texts = body.continuations or [(" " if source == "prompt" else "") + label for label in labels]
+    if len(texts) != len(labels):
+        raise InvalidRequest(
+            f"field 'continuations' has {len(texts)} texts for {len(labels)} labels. Expected one for each.",
+            param="continuations",
+        )
+    for text in (*labels, *texts):
+        if not text:
+            raise InvalidRequest("a label is an empty text. Expected at least one token.", param="labels")
+    return labels, texts
+
+
+def _prefix(call: Call, body: ClassifyRequest, labels: list[str]) -> list[int]:
+    if body.prompt is not None:
+        token_ids = call.services.tokenizer.encode(body.prompt, parse_special=True)
+        if not token_ids:
+            raise InvalidRequest("field 'prompt' is an empty text. Expected at least one token.", param="prompt")
+        return token_ids
+    if body.messages is not None:
+        return call.services.chat.encode(plain_messages(body.messages))
+    instruction = body.instruction or INSTRUCTION.format(labels=", ".join(labels))
+    content = f"{instruction}\n\nText: {body.text}\nLabel:"
+    return call.services.chat.encode([{"role": "user", "content": content}])

@@ -1,0 +1,210 @@
+"""/hob/v1/contexts: conversations the service keeps. An app sends only what is new; history and KV outlive it.
+
+    POST   /hob/v1/contexts                 create      {name?, messages?}
+    GET    /hob/v1/contexts                 list        GET /hob/v1/contexts/{id}: one
+    POST   /hob/v1/contexts/{id}/generate   append {messages} or {prompt}, generate; options and stream as in chat
+    POST   /hob/v1/contexts/{id}/fork       copy        {name?}
+    DELETE /hob/v1/contexts/{id}            delete
+
+A turn is durable before the client is told that it ended; a turn that was not finished leaves no trace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from hob.api.body import parse_body
+from hob.api.call import Call
+from hob.api.chat import plain_messages
+from hob.api.context_turns import CHAT, TurnRequest, begin, deltas_of, store_of
+from hob.api.params import check_neutral, num_samples, wants_stream_usage
+from hob.api.replies import json_reply
+from hob.api.schema import Body, Message
+from hob.api.stream import EventStream
+from hob.api.wire import FINISH, Stamp, to_json, usage_object
+from hob.errors import InvalidRequest
+from hob.kvcache.contexts import MAX_NAME_CHARS, ContextRecord, Facts
+from hob.messages import ModelInfo
+
+PATH = "/hob/v1/contexts"
+
+
+class CreateRequest(Body, kw_only=True):
+    """Body of POST /hob/v1/contexts. `messages` open the first turn: a system prompt, say."""
+
+    model: str = ""
+    name: str = ""
+    messages: list[Message] | None = None
+
+
+class ForkRequest(Body, kw_only=True):
+    """Body of POST /hob/v1/contexts/{id}/fork."""
+
+    model: str = ""
+    name: str | None = None
+
+
+def register(app: FastAPI, call_of: Callable[[HttpRequest], Call]) -> None:
+    """Add the routes."""
+
+    def endpoint(act: Callable[..., Any], *, has_body: bool) -> Callable[[HttpRequest], Any]:
+        async def answer(request: HttpRequest) -> Response:
+            bodies = [await request.body()] if has_body else []
+            reply: Response = await act(call_of(request), *request.path_params.values(), *bodies)
+            return reply
+
+        return answer
+
+    for path, method, act in (
+        (PATH, "POST", create),
+        (PATH, "GET", list_contexts),
+        (PATH + "/{context_id}", "GET", get),
+        (PATH + "/{context_id}", "DELETE", delete),
+        (PATH + "/{context_id}/generate", "POST", take_turn),
+        (PATH + "/{context_id}/fork", "POST", fork),
+    ):
+        app.router.add_route(path, endpoint(act, has_body=method == "POST"), methods=[method])
+
+
+# ---- the calls ----
+
+
+async def create(call: Call, raw: bytes) -> Response:
+    """A new, empty context."""
+    body = parse_body(raw, CreateRequest)
+    model = call.services.resolve_model(body.model)
+    opening = plain_messages(body.messages) if body.messages else []
+    if opening:
+        call.services.chat.encode(opening)  # refuse now what the template would refuse later
+    facts = Facts(_checked_name(body.name), CHAT if opening else "", opening)
+    record = await asyncio.to_thread(store_of(call).create, call.app, model.name, facts)
+    return json_reply(_object(record), 201)
+
+
+async def list_contexts(call: Call) -> Response:
+    """The app's contexts, the last used first."""
+    records = await asyncio.to_thread(store_of(call).records, call.app)
+    return json_reply({"object": "list", "data": [_object(record) for record in records]})
+
+
+async def get(call: Call, context_id: str) -> Response:
+    """One context."""
+    return json_reply(_object(await asyncio.to_thread(store_of(call).get, call.app, context_id)))
+
+
+async def fork(call: Call, context_id: str, raw: bytes) -> Response:
+    """A copy as of the last finished turn; it shares the KV."""
+    body = parse_body(raw, ForkRequest)
+    name = None if body.name is None else _checked_name(body.name)
+    record = await asyncio.to_thread(store_of(call).fork, call.app, context_id, name)
+    call.services.backend.fork_context(call.app, context_id, record.context_id)
+    return json_reply(_object(record), 201)
+
+
+async def delete(call: Call, context_id: str) -> Response:
+    """Forget it: the history at once, its bytes on disk unless another context refers to them."""
+    store = store_of(call)
+    with store.claim(context_id):
+        await asyncio.to_thread(store.delete, call.app, context_id)
+    call.services.backend.drop_context(call.app, context_id)
+    return json_reply({"id": context_id, "object": "context", "deleted": True})
+
+
+async def take_turn(call: Call, context_id: str, raw: bytes) -> Response:
+    """Append and generate."""
+    body = parse_body(raw, TurnRequest)
+    check_neutral(body)
+    if num_samples(body) != 1:
+        raise InvalidRequest(f"field 'n' is {body.n}. Expected 1: fork the context to go several ways.", param="n")
+    if (body.messages is None) == (body.prompt is None):
+        raise InvalidRequest("expected exactly one of the fields 'messages' and 'prompt'", param="messages")
+    model = call.services.resolve_model(body.model)
+    with_usage = wants_stream_usage(body)
+    if body.stream:
+        return EventStream(_events(call, context_id, body, model, with_usage=with_usage))
+    return json_reply(await call.while_connected(_whole(call, context_id, body, model)))
+
+
+# ---- a turn's reply ----
+
+
+async def _whole(call: Call, context_id: str, body: TurnRequest, model: ModelInfo) -> dict[str, Any]:
+    with store_of(call).claim(context_id):
+        turn = await begin(call, context_id, body, model)
+        async with aclosing(deltas_of(call, turn)) as deltas:
+            async for _ in deltas:
+                pass
+    assert turn.finish is not None
+    return {
+        **Stamp("ctxturn-", model).fields("chat.completion"),
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": turn.text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": FINISH[turn.finish],
+            }
+        ],
+        "usage": usage_object(call.record.totals),
+        "context": _object(turn.record),
+    }
+
+
+async def _events(
+    call: Call, context_id: str, body: TurnRequest, model: ModelInfo, *, with_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    """Chunks as in chat; the last one carries the context as it is then."""
+    head = Stamp("ctxturn-", model).event_head("chat.completion.chunk")
+
+    def event(delta: dict[str, str], finish: str | None, more: dict[str, Any]) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return head + b"," + to_json({"choices": [choice], **more})[1:] + b"\n\n"
+
+    with store_of(call).claim(context_id):
+        turn = await begin(call, context_id, body, model)
+        is_begun = False
+        async with aclosing(deltas_of(call, turn)) as deltas:
+            async for delta in deltas:
+                content = {} if is_begun else {"role": "assistant"}
+                is_begun = True
+                if delta.text or content:
+                    yield event({**content, "content": delta.text}, None, {})
+                if delta.finish_reason is not None:
+                    yield event({}, FINISH[delta.finish_reason], {"context": _object(turn.record)})
+    if with_usage:
+        yield head + b',"choices":[],"usage":' + to_json(usage_object(call.record.totals)) + b"}\n\n"
+
+
+# ---- shapes ----
+
+
+def _checked_name(name: str) -> str:
+    if len(name) > MAX_NAME_CHARS:
+        raise InvalidRequest(
+            f"field 'name' has {len(name)} characters. Expected at most {MAX_NAME_CHARS}.", param="name"
+        )
+    return name
+
+
+def _object(record: ContextRecord) -> dict[str, Any]:
+    return {
+        "id": record.context_id,
+        "object": "context",
+        "name": record.facts.name,
+        "kind": record.facts.kind or None,
+        "model": record.model,
+        "parent": record.parent_id,
+        "num_tokens": record.num_tokens,
+        "num_turns": record.num_turns,
+        "created": int(record.created),
+        "updated": int(record.updated),
+        "opening": msgspec.to_builtins(record.facts.opening),
+    }

@@ -1,0 +1,149 @@
+"""The outermost layer: which requests get in at all, in what shape errors leave, and the log line. Plain ASGI.
+
+Host allow-list (DNS rebinding) -> no foreign Origin -> identified caller -> JSON body within the limit -> routes
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hob.api.call import Record
+from hob.api.replies import error_reply, unexpected
+from hob.api.stream import ClientGone
+from hob.errors import HobError, InternalError, InvalidRequest, PermissionDenied, RequestTooLarge
+from hob.service.identity import Caller
+
+log = logging.getLogger("hob.api")
+
+ALLOWED_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+CLIENT_GONE = 499
+"""Status in the log of a request whose client left before the reply."""
+
+
+class Edge:
+    """Wraps the application. Puts a `Record` and the app's name into the request's state."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request. Every error becomes a reply here, or the end of the reply if one has begun."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = Record(app="-", endpoint=f"{scope['method']} {scope['path']}")
+        status = 0
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            length = self._admit(scope, record)
+            scope["state"]["record"] = record
+            await self._app(scope, self._limited(receive, length), watched_send)
+        except (ClientGone, ClientDisconnect):
+            status = CLIENT_GONE
+        except Exception as error:
+            if status:
+                raise  # the reply has begun: only closing the connection can say that it is not whole
+            known = error if isinstance(error, HobError) else unexpected(error)
+            await error_reply(known)(scope, receive, watched_send)
+        finally:
+            _log(record, status)
+
+    def _admit(self, scope: Scope, record: Record) -> int:
+        """Check all that can be told from the head. Returns the body's announced length, 0 if none is announced."""
+        headers: dict[bytes, bytes] = {}
+        for name, value in scope["headers"]:
+            if name == b"host" and name in headers:
+                raise InvalidRequest("there are two Host headers. Expected one.", param="Host")
+            headers[name] = value
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        server = scope.get("server")
+        if server is not None and server[1] is not None and not _is_allowed(host):
+            raise PermissionDenied(
+                f"header Host is '{host[:80]}'. Expected one of: {', '.join(ALLOWED_HOSTS)}.", param="Host"
+            )
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        if origin and origin not in (f"http://{host}", f"https://{host}"):
+            raise PermissionDenied(
+                f"header Origin is '{origin[:80]}'. Web pages may not use this service.", param="Origin"
+            )
+        caller = scope["state"].get("caller")
+        if isinstance(caller, HobError):
+            raise caller
+        if not isinstance(caller, Caller):
+            raise InternalError("the connection was not identified. Run the app with http=HobProtocol.")
+        declared = headers.get(b"x-hob-app")
+        record.app = caller.app(None if declared is None else declared.decode("latin-1"))
+        return self._check_body(scope["method"], headers)
+
+    def _check_body(self, method: str, headers: dict[bytes, bytes]) -> int:
+        if method in ("GET", "HEAD", "DELETE"):
+            return 0
+        media_type = headers.get(b"content-type", b"").decode("latin-1").split(";")[0].strip().lower()
+        if media_type != "application/json":
+            raise InvalidRequest(
+                f"header Content-Type is '{media_type[:80]}'. Expected application/json.", param="Content-Type"
+            )
+        length = int(headers.get(b"content-length", b"0"))
+        if length > self._max_body_bytes:
+            raise self._too_large(length)
+        return length
+
+    def _limited(self, receive: Receive, length: int) -> Receive:
+        """`receive` that counts. An announced length is held by the HTTP parser; only chunked bodies need counting."""
+        if length:
+            return receive
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                raise self._too_large(num_bytes)
+            return message
+
+        return counted
+
+    def _too_large(self, num_bytes: int) -> RequestTooLarge:
+        return RequestTooLarge(
+            f"the body has {num_bytes:,} bytes or more. Expected at most {self._max_body_bytes:,} "
+            "(setting 'max_body_bytes')."
+        )
+
+
+def _is_allowed(host: str) -> bool:
+    """Whether a Host header names this machine's loopback, with any port."""
+    name, colon, port = host.rpartition(":")
+    if not colon or "]" in port:
+        name, port = host, ""
+    return name in ALLOWED_HOSTS and (not port or port.isdigit())
+
+
+def _log(record: Record, status: int) -> None:
+    if not log.isEnabledFor(logging.INFO):
+        return
+    now = time.perf_counter()
+    totals = record.totals
+    line = f"{record.app} {record.endpoint} {status}"
+    if totals.num_prompt_tokens:
+        cached = totals.num_cached_tokens
+        known = "?" if cached is None else cached
+        new = "?" if cached is None else totals.num_prompt_tokens - cached
+        line += f" prompt {known}+{new} output {totals.num_output_tokens}"
+    if record.first_output_s is not None:
+        line += f" ttft {1e3 * (record.first_output_s - record.started_s):.1f} ms"
+        decode_s = now - record.first_output_s
+        if totals.num_output_tokens > 1 and decode_s > 0:
+            line += f" {(totals.num_output_tokens - 1) / decode_s:.1f} tok/s"
+    log.info("%s %.1f ms", line, 1e3 * (now - record.started_s))

@@ -1,0 +1,57 @@
+"""/v1/embeddings: pooled hidden states of length 1."""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+
+from starlette.responses import Response
+
+from hob.api import score
+from hob.api.body import parse_body
+from hob.api.call import Call
+from hob.api.inputs import token_lists
+from hob.api.params import fit_context
+from hob.api.replies import json_reply
+from hob.api.schema import EmbeddingRequest
+from hob.api.together import all_of, aside
+from hob.errors import InvalidRequest
+from hob.request import Kind, Request
+
+
+async def embeddings(call: Call, raw: bytes) -> Response:
+    """Embed each input."""
+    body = parse_body(raw, EmbeddingRequest)
+    model = call.services.resolve_model(body.model)
+    if body.dimensions is not None and body.dimensions != model.hidden_size:
+        raise InvalidRequest(
+            f"field 'dimensions' is {body.dimensions}. Expected {model.hidden_size}, the model's own size.",
+            param="dimensions",
+        )
+    encode = call.services.tokenizer.encode
+    inputs = await aside(len(raw), lambda: token_lists(body.input, encode, vocab_size=model.vocab_size, param="input"))
+    requests = []
+    for token_ids in inputs:
+        fit_context(len(token_ids), 0, model.context_length, prompt_param="input", least=0)
+        requests.append(call.request(token_ids, Kind.EMBED, body.service_class, pooling=body.pooling or "mean"))
+    vectors = await call.while_connected(all_of([_embed(call, request) for request in requests]))
+    as_base64 = body.encoding_format == "base64"
+    data = [
+        {"object": "embedding", "index": i, "embedding": _base64(vector) if as_base64 else vector}
+        for i, vector in enumerate(vectors)
+    ]
+    count = call.record.totals.num_prompt_tokens
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return json_reply({"object": "list", "model": model.name, "data": data, "usage": usage})
+
+
+async def _embed(call: Call, request: Request) -> list[float]:
+    (result,) = await score.run(call, request)
+    norm = math.sqrt(sum(value * value for value in result.embedding))
+    return [value / norm for value in result.embedding] if norm else result.embedding
+
+
+def _base64(vector: list[float]) -> str:
+    """float32, little-endian, as OpenAI's clients read it."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

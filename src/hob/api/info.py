@@ -1,0 +1,59 @@
+"""What the service says about itself: models, health, statistics."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from hob import __version__
+from hob.api.call import Call
+from hob.api.replies import json_reply
+from hob.api.services import ServedModel, Services
+from hob.errors import ModelNotFound
+
+
+def served_models(services: Services) -> list[ServedModel]:
+    """The models that can be asked for: those the daemon listed, else the loaded one."""
+    return services.models or [ServedModel(services.backend.model.name, int(services.started_at))]
+
+
+def _model_object(model: ServedModel) -> dict[str, Any]:
+    return {"id": model.name, "object": "model", "created": model.created, "owned_by": model.owned_by}
+
+
+async def list_models(call: Call) -> Response:
+    """/v1/models."""
+    return json_reply({"object": "list", "data": [_model_object(model) for model in served_models(call.services)]})
+
+
+async def get_model(call: Call, name: str) -> Response:
+    """/v1/models/{name}."""
+    models = served_models(call.services)
+    for model in models:
+        if model.name == name:
+            return json_reply(_model_object(model))
+    known = ", ".join(model.name for model in models)
+    raise ModelNotFound(f"model '{name}' is not served. Expected one of: {known}.", param="model")
+
+
+async def health(call: Call) -> Response:
+    """/health: 200 while an engine runs, else the error that says why not."""
+    return json_reply({"status": "ok", "model": call.services.backend.model.name})
+
+
+async def stats(call: Call) -> Response:
+    """/hob/v1/stats: the engine's numbers, the model, the daemon's age."""
+    backend = call.services.backend
+    return json_reply(
+        {
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_s": round(time.time() - call.services.started_at, 3),
+            "model": msgspec.to_builtins(backend.model),
+            "stats": msgspec.to_builtins(backend.stats),
+        }
+    )

@@ -1,0 +1,71 @@
+"""The OpenAPI document, made from the request structs; served at /openapi.json."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import msgspec
+
+from hob import __version__
+from hob.api.schema import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest
+
+BODIES: dict[str, type[msgspec.Struct]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/hob/v1/classify": ClassifyRequest,
+    "/hob/v1/tokenize": TokenizeRequest,
+}
+GETS = ("/v1/models", "/v1/models/{name}", "/hob/v1/stats", "/health")
+_ERROR = {
+    "description": "What happened, the value, what was expected.",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+}
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+        }
+    },
+}
+
+
+@cache
+def document() -> dict[str, Any]:
+    """OpenAPI 3.1."""
+    template = "#/components/schemas/{name}"
+    refs, components = msgspec.json.schema_components(BODIES.values(), ref_template=template)
+    paths: dict[str, Any] = {}
+    for (path, schema), ref in zip(BODIES.items(), refs, strict=True):
+        paths[path] = {
+            "post": {
+                "summary": (schema.__doc__ or "").split("\n")[0],
+                "requestBody": {"required": True, "content": {"application/json": {"schema": ref}}},
+                "responses": _responses(),
+            }
+        }
+    for path in GETS:
+        paths[path] = {"get": {"responses": _responses()}}
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    paths["/v1/models/{name}"]["get"]["parameters"] = [name]
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Hob", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": {**components, "Error": _ERROR_SCHEMA}},
+    }
+
+
+def _responses() -> dict[str, Any]:
+    reply = {"description": "The reply.", "content": {"application/json": {"schema": {"type": "object"}}}}
+    return {"200": reply, "4XX": _ERROR, "5XX": _ERROR}

@@ -1,0 +1,168 @@
+"""Request bodies: one msgspec struct per endpoint. A field that is not named here is an error.
+
+Fields of type `Any` are those that OpenAI clients may send and that Hob does not do: each is accepted at its neutral
+value only, which NEUTRAL lists. msgspec rather than pydantic, because it validates a chat body in microseconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Base of all request bodies."""
+
+
+class ContentPart(Body, kw_only=True):
+    """One part of a message. Only text is understood; the others are named so that the refusal can say so."""
+
+    type: str
+    text: str | None = None
+    image_url: Any = None
+    input_audio: Any = None
+    file: Any = None
+    refusal: Any = None
+
+
+class Message(Body, kw_only=True):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: Any = None
+    tool_call_id: Any = None
+    function_call: Any = None
+    refusal: Any = None
+    audio: Any = None
+    annotations: Any = None
+
+
+class StreamOptions(Body, kw_only=True):
+    """Options of a stream."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Sampling(Body, kw_only=True):
+    """What chat and completion requests share."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    service_class: str | None = None
+    user: str | None = None
+
+
+class ChatRequest(Sampling, kw_only=True):
+    """Body of /v1/chat/completions."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    store: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    functions: Any = None
+    function_call: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    audio: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    service_tier: Any = None
+    web_search_options: Any = None
+    prompt_cache_retention: Any = None
+
+
+class CompletionRequest(Sampling, kw_only=True):
+    """Body of /v1/completions."""
+
+    prompt: str | list[Any]
+    """A text, a list of texts, token ids, or a list of lists of token ids."""
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: Any = None
+
+
+class EmbeddingRequest(Body, kw_only=True):
+    """Body of /v1/embeddings."""
+
+    model: str
+    input: str | list[Any]
+    """A text, a list of texts, token ids, or a list of lists of token ids."""
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    pooling: Literal["mean", "last"] | None = None
+    service_class: str | None = None
+    user: str | None = None
+
+
+class ClassifyRequest(Body, kw_only=True):
+    """Body of /hob/v1/classify: exactly one of text, messages and prompt."""
+
+    model: str = ""
+    text: str | None = None
+    messages: list[Message] | None = None
+    prompt: str | None = None
+    labels: list[str] | None = None
+    continuations: list[str] | None = None
+    instruction: str | None = None
+    normalise: Literal["sum", "mean"] = "sum"
+    service_class: str | None = None
+
+
+class TokenizeRequest(Body, kw_only=True):
+    """Body of /hob/v1/tokenize: exactly one of text, messages and tokens (the last: back to text)."""
+
+    model: str = ""
+    text: str | None = None
+    messages: list[Message] | None = None
+    tokens: list[int] | None = None
+
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "store": (False,),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "parallel_tool_calls": (),
+    "functions": ([],),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": (),
+    "service_tier": ("auto", "default"),
+    "web_search_options": (),
+    "prompt_cache_retention": (),
+    "suffix": ("",),
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "refusal": ("",),
+    "annotations": ([],),
+}
+"""Values, beside null, at which a field that Hob does not do is accepted: there it asks for nothing."""

@@ -1,0 +1,83 @@
+"""What the API is given by the daemon: the backend, the text helpers and the settings. No HTTP here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from hob.config import Config
+from hob.errors import ModelNotFound
+from hob.kvcache.contexts import ContextStore
+from hob.messages import ModelInfo
+from hob.service.backend import Backend
+
+
+class TextCodec(Protocol):
+    """What the API needs of a tokenizer; `models.tokenizer.Tokenizer` is one."""
+
+    @property
+    def stop_token_ids(self) -> Sequence[int]:
+        """Tokens that end a reply."""
+        ...
+
+    def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
+        """Ids of a text."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the text. Empty for tokens that are not text."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """A token as the vocabulary writes it, e.g. '<|im_end|>'."""
+        ...
+
+
+class ChatCodec(Protocol):
+    """What the API needs of a chat template; `models.chat.ChatEncoder` is one."""
+
+    def encode(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """Ids of a conversation, ready for the assistant's turn. Raises InvalidRequest."""
+        ...
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One entry of /v1/models."""
+
+    name: str
+    created: int
+    """Unix time."""
+    owned_by: str = "hob"
+
+
+@dataclass(frozen=True)
+class Services:
+    """All the routes use."""
+
+    backend: Backend
+    tokenizer: TextCodec
+    chat: ChatCodec
+    config: Config
+    started_at: float
+    """Unix time at which the daemon started."""
+    models: list[ServedModel] = field(default_factory=list)
+    """What can be asked for by name. The first is the default."""
+    contexts: ContextStore | None = None
+    """Persistent contexts. None: they cannot be kept."""
+
+    def resolve_model(self, name: str) -> ModelInfo:
+        """The loaded model, if `name` means it: its name, 'default' or nothing.
+
+        Raises ModelNotFound, and EngineUnavailable while no engine runs.
+        """
+        info = self.backend.model
+        names = [model.name for model in self.models] or [info.name]
+        if name in ("", "default") or name in names:
+            return info
+        raise ModelNotFound(
+            f"model '{name}' is not served. Expected one of: {', '.join(names)} (or 'default'). "
+            "See `hob list` and `hob serve --model`.",
+            param="model",
+        )

@@ -1,0 +1,168 @@
+"""What a daemon is made of: model, engine process, text side, HTTP server. Built here, run by daemon.py.
+
+Imports are inside the functions: the engine process must be on its way before the web framework is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hob.config import Config
+from hob.errors import ConfigError, HobError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from hob.api.services import ChatCodec, TextCodec
+    from hob.kvcache.contexts import ContextStore
+    from hob.service.handle import EngineHandle
+
+log = logging.getLogger("hob.daemon")
+
+FAKE_MODEL = "fake"
+"""Serves the fake engine, for tests: 'fake', or 'fake:20' for steps of 20 ms."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The model to serve."""
+
+    name: str
+    gguf: Path | None
+    """None: the fake engine."""
+    packed: Path | None
+    step_s: float = 0.0
+    """Fake engine: seconds of a step."""
+
+
+def choose_model(config: Config) -> Chosen:
+    """Find the model that `config.engine.model` names and pack it if that was not done yet (some seconds, once).
+
+    Raises ModelNotFound, ModelFileError or StorageError.
+    """
+    name = config.engine.model
+    if is_fake(name):
+        return _choose_fake(name)
+    from hob.models.catalog import Catalog
+    from hob.models.pack import ensure_packed
+
+    gguf = Catalog(config.models_dir).resolve(name)
+    return Chosen(Path(name).stem if "/" in name else name, gguf, ensure_packed(gguf, _log_progress("packing")))
+
+
+def is_fake(model: str) -> bool:
+    """Whether a model's name means the fake engine."""
+    return model == FAKE_MODEL or model.startswith(f"{FAKE_MODEL}:")
+
+
+def _choose_fake(name: str) -> Chosen:
+    step_ms = name.partition(":")[2] or "0"
+    if not step_ms.isdigit():
+        raise ConfigError(f"setting 'model' is '{name}'. Expected 'fake', or 'fake:20' for steps of 20 ms.")
+    return Chosen(FAKE_MODEL, None, None, int(step_ms) / 1000)
+
+
+def _log_progress(what: str) -> Callable[[int, int], None]:
+    """A callback (done, total) that logs every tenth."""
+    shown = -1
+
+    def report(done: int, total: int) -> None:
+        nonlocal shown
+        tenth = 10 * done // max(total, 1)
+        if tenth > shown:
+            shown = tenth
+            log.info("%s the model: %d %%", what, 10 * tenth)
+
+    return report
+
+
+def make_engine(config: Config, chosen: Chosen) -> EngineHandle:
+    """The engine process as yet unstarted."""
+    from hob.models.byte_text import VOCAB_SIZE
+    from hob.service.disk import DiskSpec
+    from hob.service.handle import EngineHandle
+    from hob.service.loop import EngineSpec
+
+    return EngineHandle(
+        EngineSpec(
+            model_name=chosen.name,
+            packed_path=str(chosen.packed or ""),
+            engine=config.engine,
+            scheduler=config.scheduler,
+            kv_tokens=config.memory.kv_tokens,
+            fake_step_s=chosen.step_s,
+            fake_vocab_size=VOCAB_SIZE,
+            disk=DiskSpec(str(config.contexts_dir), str(config.keys_dir), config.contexts.context_disk_bytes),
+        )
+    )
+
+
+def _load_text(chosen: Chosen) -> tuple[TextCodec, ChatCodec]:
+    """Tokenizer and chat template as the model file carries them."""
+    if chosen.gguf is None:
+        from hob.models.byte_text import ByteChat, ByteTokenizer
+
+        return ByteTokenizer(), ByteChat()
+    from hob.models.chat import ChatEncoder, read_template
+    from hob.models.gguf import open_gguf
+    from hob.models.tokenizer import Tokenizer
+
+    with open_gguf(chosen.gguf) as gguf:
+        tokenizer = Tokenizer(gguf.metadata)
+        return tokenizer, ChatEncoder(read_template(gguf.metadata), tokenizer)
+
+
+def _open_contexts(config: Config) -> ContextStore | None:
+    """The apps' persistent contexts. A service that cannot keep any still answers everything else."""
+    from hob.kvcache.contexts import ContextStore
+    from hob.kvcache.keys import KeyRing
+
+    try:
+        return ContextStore(config.contexts_dir, KeyRing(config.keys_dir), config.contexts.max_contexts)
+    except HobError as error:
+        log.error("no persistent contexts: %s", error)
+        return None
+
+
+def make_server(config: Config, handle: EngineHandle, chosen: Chosen, created: int, grace_s: int) -> uvicorn.Server:
+    """Import and build the API, which takes most of a second: meant for a thread while the engine process loads.
+
+    created: Unix time of the daemon's start. grace_s: how long it waits for requests when it is told to stop.
+    """
+    import uvicorn
+
+    from hob.api.app import create_app
+    from hob.api.protocol import HobProtocol
+    from hob.api.services import ServedModel, Services
+
+    class Server(uvicorn.Server):
+        """Leaves the signals alone: the daemon has them, from before uvicorn was imported."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    tokenizer, chat = _load_text(chosen)
+    models = [ServedModel(chosen.name, created)]
+    services = Services(
+        handle, tokenizer, chat, config, started_at=created, models=models, contexts=_open_contexts(config)
+    )
+    return Server(
+        uvicorn.Config(
+            create_app(services),
+            http=HobProtocol,
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=grace_s,
+        )
+    )

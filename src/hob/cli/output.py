@@ -1,0 +1,38 @@
+"""How commands print: plain aligned tables, and JSON for programs. No box drawing, so that `grep` and `awk` work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+
+def print_json(value: Any) -> None:
+    """One JSON value, indented."""
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Columns as wide as they need; numbers to the right. Nothing at all where there are no rows."""
+    if not rows:
+        return
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
+    right = [all(_is_number(row[i]) for row in cells) for i in range(len(header))]
+    for line in [list(header), *cells]:
+        padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
+        print("  ".join(padded).rstrip())
+
+
+def _is_number(text: str) -> bool:
+    return text[:1].isdigit() and not text[-1:].isalpha()
+
+
+def human_bytes(count: float) -> str:
+    """98362432 -> '98.4 MB' (decimal units, as disks are sold)."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,246 @@
+"""The client every program of Hob uses: one method per endpoint over the Unix socket (or TCP). Synchronous.
+
+    with hob.Client() as client:
+        print(client.chat("Hello")["choices"][0]["message"]["content"])
+        print(client.classify("I want my money back", ["refund", "praise"])["label"])
+
+Replies are the JSON objects of the API. Errors are those of `hob.errors`, rebuilt from the reply. Before the first
+byte is sent over a Unix socket, the server must be of our uid or root: whoever squats on the path learns nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import httpx
+import msgspec
+
+from hob.config import load_config
+from hob.errors import DaemonUnreachable, HobError, InternalError, UserError
+from hob.unix_transport import UnixTransport
+
+Reply = dict[str, Any]
+Messages = str | list[dict[str, Any]]
+
+
+class Client:
+    """A connection to the daemon. Options beside the named ones go into the request's body as they are."""
+
+    def __init__(
+        self,
+        socket: str | Path | None = None,
+        base_url: str | None = None,
+        *,
+        app: str | None = None,
+        service_class: str | None = None,
+        model: str = "default",
+        timeout_s: float | None = None,
+    ) -> None:
+        """socket: path of the Unix socket; unset, as the configuration says. base_url: a TCP address instead.
+
+        app, service_class: sent with every request. timeout_s: longest silence accepted; None waits for ever.
+        Raises ConfigError when the configuration that names the socket is wrong.
+        """
+        if socket is not None and base_url is not None:
+            raise ValueError("socket and base_url are both given. Expected one of them.")
+        headers = {"X-Hob-App": app, "X-Hob-Class": service_class}
+        self.model = model
+        transport: httpx.BaseTransport | None = None
+        if base_url is None:
+            path = Path(socket) if socket is not None else load_config()[0].socket_path
+            self.address, transport = str(path), UnixTransport(str(path))
+        else:
+            self.address = base_url
+        self._http = httpx.Client(
+            base_url=base_url or "http://localhost",
+            transport=transport,
+            headers={name: value for name, value in headers.items() if value is not None},
+            timeout=httpx.Timeout(timeout_s, connect=5.0),
+            trust_env=False,  # a proxy has no business between a program and its own machine
+        )
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def health(self) -> Reply:
+        """Whether an engine runs. Raises DaemonUnreachable or EngineUnavailable otherwise."""
+        return self._get("/health")
+
+    def models(self) -> list[Reply]:
+        """What can be asked for by name."""
+        found: list[Reply] = self._get("/v1/models")["data"]
+        return found
+
+    def stats(self) -> Reply:
+        """The engine's numbers, per app too, and the model."""
+        return self._get("/hob/v1/stats")
+
+    @overload
+    def chat(self, messages: Messages, *, stream: Literal[False] = False, **options: Any) -> Reply: ...
+    @overload
+    def chat(self, messages: Messages, *, stream: Literal[True], **options: Any) -> Iterator[Reply]: ...
+    def chat(self, messages: Messages, *, stream: bool = False, **options: Any) -> Reply | Iterator[Reply]:
+        """Answer a conversation, or one text as the user's turn. stream: chunks as they come."""
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return self._ask("/v1/chat/completions", {"messages": turns, **options}, stream=stream)
+
+    @overload
+    def complete(self, prompt: str | list[Any], *, stream: Literal[False] = False, **options: Any) -> Reply: ...
+    @overload
+    def complete(self, prompt: str | list[Any], *, stream: Literal[True], **options: Any) -> Iterator[Reply]: ...
+    def complete(self, prompt: str | list[Any], *, stream: bool = False, **options: Any) -> Reply | Iterator[Reply]:
+        """Continue a raw prompt: text, texts, token ids or lists of them."""
+        return self._ask("/v1/completions", {"prompt": prompt, **options}, stream=stream)
+
+    def classify(self, text: str | None, labels: list[str] | None = None, **options: Any) -> Reply:
+        """Probabilities of labels, exact. Without a text: `messages=` or `prompt=` in the options."""
+        given = {"text": text, "labels": labels, **options}
+        return self._post("/hob/v1/classify", {name: value for name, value in given.items() if value is not None})
+
+    def embed(self, input: str | list[Any], **options: Any) -> list[list[float]]:
+        """A vector of length 1 for each input."""
+        reply = self._post("/v1/embeddings", {"input": input, "encoding_format": "float", **options})
+        return [entry["embedding"] for entry in reply["data"]]
+
+    def tokenize(self, text: str | None = None, **options: Any) -> Reply:
+        """Token ids of a text, of `messages=`, or the text of `tokens=`."""
+        return self._post("/hob/v1/tokenize", options if text is None else {"text": text, **options})
+
+    # ---- persistent contexts ----
+
+    def create_context(self, name: str = "", messages: Messages | None = None) -> Reply:
+        """A conversation that the service keeps. `messages` open its first turn: a system prompt, say."""
+        opening = [{"role": "system", "content": messages}] if isinstance(messages, str) else messages
+        return self._post("/hob/v1/contexts", {"name": name, "messages": opening})
+
+    def contexts(self) -> list[Reply]:
+        """This app's contexts, the last used first."""
+        found: list[Reply] = self._get("/hob/v1/contexts")["data"]
+        return found
+
+    def context(self, context_id: str) -> Reply:
+        """One context. Raises NotFound."""
+        return self._get(f"/hob/v1/contexts/{context_id}")
+
+    @overload
+    def turn(
+        self, context_id: str, messages: Messages | None = None, *, stream: Literal[False] = False, **options: Any
+    ) -> Reply: ...
+    @overload
+    def turn(
+        self, context_id: str, messages: Messages | None = None, *, stream: Literal[True], **options: Any
+    ) -> Iterator[Reply]: ...
+    def turn(
+        self, context_id: str, messages: Messages | None = None, *, stream: bool = False, **options: Any
+    ) -> Reply | Iterator[Reply]:
+        """Append messages (or `prompt=`) to a context and generate. The context keeps both once the turn has ended."""
+        new = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return self._ask(f"/hob/v1/contexts/{context_id}/generate", {"messages": new, **options}, stream=stream)
+
+    def fork_context(self, context_id: str, name: str | None = None) -> Reply:
+        """A copy that goes its own way."""
+        return self._post(f"/hob/v1/contexts/{context_id}/fork", {"name": name})
+
+    def delete_context(self, context_id: str) -> Reply:
+        """Delete it, with its bytes on disk."""
+        with self._errors():
+            return _reply_of(self._http.delete(f"/hob/v1/contexts/{context_id}"))
+
+    # ---- requests ----
+
+    def _ask(self, path: str, body: Reply, *, stream: bool) -> Reply | Iterator[Reply]:
+        return self._stream(path, {**body, "stream": True}) if stream else self._post(path, body)
+
+    def _get(self, path: str) -> Reply:
+        with self._errors():
+            return _reply_of(self._http.get(path))
+
+    def _post(self, path: str, body: Reply) -> Reply:
+        with self._errors():
+            return _reply_of(self._http.post(path, **self._encoded(body)))
+
+    def _stream(self, path: str, body: Reply) -> Iterator[Reply]:
+        with self._errors(), self._http.stream("POST", path, **self._encoded(body)) as response:
+            if response.status_code != 200:
+                response.read()
+                _reply_of(response)
+            yield from _events(response.iter_lines())
+
+    def _encoded(self, body: Reply) -> dict[str, Any]:
+        content = msgspec.json.encode({"model": self.model, **body})
+        return {"content": content, "headers": {"content-type": "application/json"}}
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.ConnectError as error:
+            raise DaemonUnreachable(
+                f"no daemon answers at {self.address} ({error}). Start one with `hob serve`."
+            ) from None
+        except httpx.TimeoutException as error:
+            raise DaemonUnreachable(
+                f"the daemon at {self.address} was silent for too long ({type(error).__name__}). See `hob ps`."
+            ) from None
+        except httpx.TransportError as error:
+            raise DaemonUnreachable(
+                f"the daemon at {self.address} closed the connection: {error}. See its log, or restart: `hob serve`."
+            ) from None
+
+
+def _events(lines: Iterator[str]) -> Iterator[Reply]:
+    """Objects of a stream of server-sent events. Raises the error that a broken stream ends with."""
+    for line in lines:
+        if not line.startswith("data: "):
+            continue
+        if line == "data: [DONE]":
+            return
+        event: Reply = msgspec.json.decode(line[6:])
+        if "error" in event:
+            raise _rebuild(event["error"], None)
+        yield event
+    raise DaemonUnreachable("the stream ended without [DONE]: the daemon went away")
+
+
+def _reply_of(response: httpx.Response) -> Reply:
+    try:
+        reply: Reply = msgspec.json.decode(response.content)
+    except msgspec.DecodeError:
+        raise InternalError(
+            f"{response.request.url} answered {response.status_code} with no JSON: {response.text[:200]!r}. Is it Hob?"
+        ) from None
+    if response.status_code < 400:
+        return reply
+    raise _rebuild(reply["error"], response)
+
+
+def _rebuild(error: Reply, response: httpx.Response | None) -> HobError:
+    """The error of `hob.errors` that was sent: by its code, the least general class first."""
+    general = UserError if response is not None and response.status_code < 500 else HobError
+    cls = _by_code(HobError).get(error.get("code") or "", general)
+    retry_after = response.headers.get("retry-after") if response is not None else None
+    rebuilt = cls(
+        error["message"], param=error.get("param"), retry_after_s=None if retry_after is None else float(retry_after)
+    )
+    rebuilt.code, rebuilt.type = error.get("code") or cls.code, error.get("type") or cls.type
+    if response is not None:
+        rebuilt.status = response.status_code
+    return rebuilt
+
+
+def _by_code(cls: type[HobError]) -> dict[str, type[HobError]]:
+    """Classes by code; of a class and its children with one code, the child that comes first."""
+    found = {cls.code: cls}
+    for child in reversed(cls.__subclasses__()):
+        found |= _by_code(child)
+    return found

@@ -1,0 +1,138 @@
+"""From a plan to a batch and back: which output each row owes, and whose it is.
+
+Stands between scheduler and engine so that neither knows the other: takes anything shaped like the scheduler's chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from typing import Protocol
+
+import numpy as np
+
+from hob.engine.base import Batch, Draw, Engine, Out, Sampled
+from hob.request import Kind, Sequence, Top
+
+
+class ChunkLike(Protocol):
+    """Rows [start, end) of a sequence."""
+
+    sequence: Sequence
+    start: int
+    num_rows: int
+
+    @property
+    def end(self) -> int: ...
+
+
+def build_batch(chunks: Many[ChunkLike]) -> Batch:
+    """Lay out the rows of a step. Takes about 1 us a row."""
+    token: list[int] = []
+    index: list[int] = []
+    row_start, table_start, blocks = [0], [0], list[int]()
+    out: list[int] = []
+    target: list[int] = []
+    num_tops = 0
+    for chunk in chunks:
+        sequence = chunk.sequence
+        token += sequence.token_ids[chunk.start : chunk.end]
+        index += range(chunk.start, chunk.end)
+        row_start.append(len(token))
+        blocks += sequence.block_table
+        table_start.append(len(blocks))
+        kinds, targets = _outputs(chunk)
+        out += kinds
+        target += targets
+        if sequence.request.prompt_logprobs and Out.SCORE in kinds:
+            num_tops = max(num_tops, sequence.request.prompt_logprobs)
+    indices = np.array(index, np.int32)
+    return Batch(
+        token=np.array(token, np.int32),
+        position=indices,
+        index=indices,
+        out=np.array(out, np.uint8),
+        target=np.array(target, np.int32),
+        row_start=np.array(row_start, np.int32),
+        table_start=np.array(table_start, np.int32),
+        blocks=np.array(blocks, np.int32),
+        adapter=np.zeros(len(chunks), np.int32),
+        num_tops=num_tops,
+    )
+
+
+def _outputs(chunk: ChunkLike) -> tuple[list[int], list[int]]:
+    """`Out` and target of each row of a chunk."""
+    sequence, num_rows = chunk.sequence, chunk.num_rows
+    kinds, targets = [int(Out.NONE)] * num_rows, [0] * num_rows
+    first = max(sequence.first_wanted_row - chunk.start, 0)
+    if sequence.request.kind is Kind.EMBED:
+        kinds[first:] = [int(Out.HIDDEN)] * (num_rows - first) if first < num_rows else []
+        return kinds, targets
+    if sequence.score_from is not None:
+        for row in range(max(first, sequence.score_from - 1 - chunk.start), num_rows):
+            if chunk.start + row + 1 < sequence.num_scorable_tokens:
+                kinds[row] = int(Out.SCORE)
+                targets[row] = sequence.token_ids[chunk.start + row + 1]
+    if wants_token(chunk):
+        kinds[-1] = int(Out.LOGITS)
+    return kinds, targets
+
+
+def wants_token(chunk: ChunkLike) -> bool:
+    """Whether a token is to be drawn after the chunk's last row."""
+    return chunk.sequence.request.kind is Kind.GENERATE and chunk.end == chunk.sequence.num_tokens
+
+
+def draws_of(chunks: Many[ChunkLike]) -> list[Draw]:
+    """How to sample the step's LOGITS rows, in their order."""
+    return [
+        Draw(
+            params=chunk.sequence.request.sampling,
+            sample_index=chunk.sequence.index,
+            position=chunk.end,
+            token_ids=chunk.sequence.token_ids,
+            num_generated=chunk.sequence.num_generated,
+        )
+        for chunk in chunks
+        if wants_token(chunk)
+    ]
+
+
+class ChunkValues(Protocol):
+    """Where `collect` puts a chunk's values: the scheduler's ChunkResult."""
+
+    token_id: int | None
+    logprob: float
+    tops: list[Top]
+    scores: list[float]
+    score_tops: list[list[Top]]
+    hidden_sum: list[float] | None
+    num_hidden: int
+
+
+def collect(
+    engine: Engine, chunks: Many[ChunkLike], batch: Batch, sampled: list[Sampled], results: Many[ChunkValues]
+) -> None:
+    """Hand the step's tokens, scores and hidden states to the chunks that asked for them."""
+    has_scores = bool((batch.out == Out.SCORE).any())
+    has_hidden = bool((batch.out == Out.HIDDEN).any())
+    scores = engine.scores() if has_scores else None
+    hidden = engine.hidden() if has_hidden else None
+    drawn = iter(sampled)
+    score_at = hidden_at = 0
+    for i, (chunk, result) in enumerate(zip(chunks, results, strict=True)):
+        if wants_token(chunk):
+            token = next(drawn)
+            result.token_id, result.logprob, result.tops = token.token_id, token.logprob, token.tops
+        rows = batch.out[batch.row_start[i] : batch.row_start[i + 1]]
+        if scores is not None and (count := int((rows == Out.SCORE).sum())):
+            span = slice(score_at, score_at + count)
+            score_at += count
+            result.scores = scores.logprob[span].tolist()
+            if k := chunk.sequence.request.prompt_logprobs:
+                ids, logprobs = scores.top_ids[span, :k].tolist(), scores.top_logprobs[span, :k].tolist()
+                result.score_tops = [list(zip(a, b, strict=True)) for a, b in zip(ids, logprobs, strict=True)]
+        if hidden is not None and (count := int((rows == Out.HIDDEN).sum())):
+            result.hidden_sum = hidden[hidden_at : hidden_at + count].sum(axis=0).tolist()
+            result.num_hidden = count
+            hidden_at += count

@@ -1,0 +1,211 @@
+"""An engine without a model: exact, scripted and timed. It ships, because users' tests and studies want it too.
+
+Its "KV" is real enough to catch any mistake of pool, scheduler or loop: each slot holds a digest of all tokens up to
+it, computed from the slot before it *as found in the pool*. A wrong block, a stale copy or a skipped row changes every
+token that follows, so `interleaved == solo` is a sharp test without weights. The next token is the digest's value in
+the vocabulary; `script` overrides it.
+
+Time: a step takes `CostModel.step_s(rows, context)`, slept for real or added to a `FakeClock`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hob.engine.base import BLOCK_SIZE, Batch, Draw, Out, Sampled, Scores, StepInfo
+from hob.errors import InternalError
+from hob.messages import ModelInfo
+
+_MASK = (1 << 64) - 1
+
+
+class FakeClock:
+    """Seconds that pass only when told to."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += seconds
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of a step: a fixed part, a part per row, a part per row and token of its context.
+
+    The defaults are near SmolLM2-135M on two cores: 1 row 6 ms; 512 rows of a new prompt 0.26 s.
+    """
+
+    step: float = 0.005
+    row: float = 0.00045
+    row_context: float = 0.0000001
+
+    def step_s(self, index: NDArray[np.int32]) -> float:
+        """index: (R,) places of the rows in their sequences."""
+        return self.step + self.row * len(index) + self.row_context * float(index.sum())
+
+
+def _mix(value: int, token: int) -> int:
+    """One round of splitmix64 over the digest so far and the next token."""
+    value = (value + 0x9E3779B97F4A7C15 * (token + 1)) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+class FakeEngine:
+    """`script(token_ids, sample_index) -> token id` decides what is "sampled"; None: the digest does."""
+
+    def __init__(
+        self,
+        vocab_size: int = 1000,
+        context_length: int = 8192,
+        hidden_size: int = 8,
+        max_rows: int = 4096,
+        cost: CostModel | None = None,
+        sleep: Callable[[float], None] | None = None,
+        script: Callable[[list[int], int], int] | None = None,
+        name: str = "fake",
+    ) -> None:
+        self.info = ModelInfo(
+            name=name,
+            architecture="fake",
+            num_parameters=0,
+            context_length=context_length,
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_layers=1,
+            kv_bytes_per_token=8,
+            weight_bytes=0,
+            quantisation="none",
+            isa="none",
+            isa_reason="fake engine",
+            num_threads=1,
+        )
+        self.max_rows = max_rows
+        self.block_bytes = BLOCK_SIZE * 8
+        self.num_steps = 0
+        self.fail_at_step: int | None = None
+        """Raise in this step (counted from 1): a fault on purpose."""
+        self._cost = cost
+        self._sleep = sleep or time.sleep
+        self._script = script
+        self._slots = np.zeros(0, np.uint64)
+        self._logits: list[int] = []
+        self._scores: list[tuple[int, int]] = []
+        self._hidden: list[int] = []
+        self._num_tops = 0
+        self._stop = threading.Event()
+
+    def open_pool(self, num_blocks: int) -> None:
+        """As the contract says. Slots start as rubbish, so that reading an unwritten one shows."""
+        self._slots = np.random.default_rng(0).integers(1, 1 << 63, num_blocks * BLOCK_SIZE).astype(np.uint64)
+
+    def forward(self, batch: Batch) -> StepInfo:
+        """Chain the digests of all rows through the pool."""
+        self.num_steps += 1
+        if self.num_steps == self.fail_at_step:
+            raise InternalError(f"fake engine: step {self.num_steps} fails on purpose")
+        if batch.num_rows > self.max_rows:
+            raise InternalError(f"batch has {batch.num_rows} rows, the workspace {self.max_rows}")
+        self._logits, self._scores, self._hidden, self._num_tops = [], [], [], batch.num_tops
+        for s in range(len(batch.row_start) - 1):
+            table = batch.blocks[batch.table_start[s] : batch.table_start[s + 1]].tolist()
+            for r in range(int(batch.row_start[s]), int(batch.row_start[s + 1])):
+                self._row(table, batch, r)
+        elapsed_s = self._cost.step_s(batch.index) if self._cost else 0.0
+        if elapsed_s:
+            self._sleep(elapsed_s)
+        is_done = not self._stop.is_set()
+        self._stop.clear()
+        return StepInfo(is_done=is_done, elapsed_s=elapsed_s)
+
+    def _row(self, table: list[int], batch: Batch, r: int) -> None:
+        index, token = int(batch.index[r]), int(batch.token[r])
+        if not 0 <= token < self.info.vocab_size:
+            raise InternalError(f"row {r}: token {token} is outside the vocabulary of {self.info.vocab_size}")
+        before = int(self._slots[self._slot(table, index - 1)]) if index else 0
+        digest = _mix(before, token)
+        self._slots[self._slot(table, index)] = digest
+        out = int(batch.out[r])
+        if out == Out.LOGITS:
+            self._logits.append(digest)
+        elif out == Out.SCORE:
+            self._scores.append((digest, int(batch.target[r])))
+        elif out == Out.HIDDEN:
+            self._hidden.append(digest)
+
+    @staticmethod
+    def _slot(table: list[int], index: int) -> int:
+        return table[index // BLOCK_SIZE] * BLOCK_SIZE + index % BLOCK_SIZE
+
+    def sample(self, draws: Sequence[Draw]) -> list[Sampled]:
+        """The digest's token, or the script's."""
+        if len(draws) != len(self._logits):
+            raise InternalError(f"{len(draws)} draws for {len(self._logits)} logits rows")
+        sampled = []
+        for draw, digest in zip(draws, self._logits, strict=True):
+            if self._script is not None:
+                token_id = self._script(draw.token_ids, draw.sample_index)
+            else:
+                seed = draw.params.seed + draw.sample_index if draw.params.temperature else 0
+                token_id = (digest + seed) % self.info.vocab_size
+            num_tops = draw.params.logprobs or 0
+            tops = [((token_id + i) % self.info.vocab_size, -0.5 - i) for i in range(num_tops)]
+            sampled.append(Sampled(token_id, -0.5, tops))
+        return sampled
+
+    def _logprob(self, digest: int, token: int) -> float:
+        return -((digest ^ token) % 1000 + 1) / 100.0
+
+    def logits(self) -> NDArray[np.float32]:
+        """One-hot rows of the digest's token."""
+        rows = np.zeros((len(self._logits), self.info.vocab_size), np.float32)
+        for row, digest in zip(rows, self._logits, strict=True):
+            row[digest % self.info.vocab_size] = 1.0
+        return rows
+
+    def scores(self) -> Scores:
+        """A value that depends on the digest and the target."""
+        k = self._num_tops
+        logprob = np.array([self._logprob(d, t) for d, t in self._scores], np.float32)
+        ids = np.array([[(d + i) % self.info.vocab_size for i in range(k)] for d, _ in self._scores], np.int32)
+        shape = (len(self._scores), k)
+        return Scores(logprob, ids.reshape(shape), np.broadcast_to(-0.5 - np.arange(k, dtype=np.float32), shape))
+
+    def hidden(self) -> NDArray[np.float32]:
+        """Digests as small numbers."""
+        columns = range(self.info.hidden_size)
+        return np.array([[(d >> (8 * (c % 8))) & 0xFF for c in columns] for d in self._hidden], np.float32)
+
+    def copy_block(self, source: int, destination: int, num_tokens: int) -> None:
+        """Copy slots."""
+        a, b = source * BLOCK_SIZE, destination * BLOCK_SIZE
+        self._slots[b : b + num_tokens] = self._slots[a : a + num_tokens]
+
+    def read_block(self, block_id: int) -> bytes:
+        """128 bytes."""
+        return self._slots[block_id * BLOCK_SIZE : (block_id + 1) * BLOCK_SIZE].tobytes()
+
+    def write_block(self, block_id: int, data: bytes | memoryview) -> None:
+        """128 bytes."""
+        if len(data) != self.block_bytes:
+            raise InternalError(f"block data has {len(data)} bytes, expected {self.block_bytes}")
+        self._slots[block_id * BLOCK_SIZE : (block_id + 1) * BLOCK_SIZE] = np.frombuffer(data, np.uint64)
+
+    def stop(self) -> None:
+        """The running step reports that it was abandoned."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """Nothing to give back."""

@@ -1,0 +1,118 @@
+"""The block store's index: which key lies in which slot, and which context refers to which keys. SQLite, rows only.
+
+Each method is one transaction: all of it is on the disk when it returns, or nothing of it is.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+Key = bytes
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS blocks (app TEXT, key BLOB, slot INTEGER, nonce BLOB, PRIMARY KEY (app, key)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS refs (context TEXT, key BLOB, PRIMARY KEY (context, key)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS holders (context TEXT PRIMARY KEY, app TEXT, last_use REAL, tail BLOB) WITHOUT ROWID;
+"""
+
+
+@dataclass(slots=True, frozen=True)
+class Entry:
+    """Where a block lies."""
+
+    slot: int
+    nonce: bytes
+
+
+@dataclass(slots=True, frozen=True)
+class HolderRow:
+    """A context as of its last turn."""
+
+    context_id: str
+    app: str
+    last_use: float
+    """Unix time."""
+    tail: Key | None
+    """Key of its unfinished last block."""
+
+
+class BlockIndex:
+    """All methods raise sqlite3.Error. One thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._database = sqlite3.connect(path, check_same_thread=False)
+        self._database.execute("PRAGMA journal_mode = WAL")
+        # FULL: a lost commit would leave rows whose slots hold other blocks already: safe, but a false alarm.
+        self._database.execute("PRAGMA synchronous = FULL")
+        self._database.executescript(_SCHEMA)
+
+    def blocks(self) -> Iterable[tuple[str, Key, Entry]]:
+        """All blocks: app, key, place."""
+        for app, key, slot, nonce in self._database.execute("SELECT app, key, slot, nonce FROM blocks"):
+            yield app, key, Entry(slot, nonce)
+
+    def holders(self) -> Iterable[HolderRow]:
+        """All contexts."""
+        for row in self._database.execute("SELECT context, app, last_use, tail FROM holders"):
+            yield HolderRow(*row)
+
+    def refs(self) -> Iterable[tuple[str, Key]]:
+        """All references: context, key."""
+        yield from self._database.execute("SELECT context, key FROM refs")
+
+    def end_turn(
+        self,
+        holder: HolderRow,
+        entries: Mapping[Key, Entry],
+        refs: Iterable[Key],
+        stale: Iterable[Key],
+        gone: Iterable[Key],
+    ) -> None:
+        """Add a turn's blocks and references; take out the context's `stale` references and the app's `gone` blocks."""
+        context_id, app = holder.context_id, holder.app
+        with self._database as database:
+            rows = [(app, key, entry.slot, entry.nonce) for key, entry in entries.items()]
+            database.executemany("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?)", rows)
+            database.executemany("DELETE FROM refs WHERE context = ? AND key = ?", [(context_id, k) for k in stale])
+            self._delete(app, gone)
+            self._refer(holder, refs)
+
+    def add_holder(self, holder: HolderRow, keys: Iterable[Key]) -> None:
+        """A context that refers to blocks which are there."""
+        with self._database:
+            self._refer(holder, keys)
+
+    def drop(self, context_ids: Iterable[str], gone: Mapping[str, Iterable[Key]]) -> None:
+        """Delete contexts, and by app the blocks that lose their last reference."""
+        ids = [(context_id,) for context_id in context_ids]
+        with self._database as database:
+            database.executemany("DELETE FROM refs WHERE context = ?", ids)
+            database.executemany("DELETE FROM holders WHERE context = ?", ids)
+            for app, keys in gone.items():
+                self._delete(app, keys)
+
+    def delete(self, app: str, keys: Iterable[Key]) -> None:
+        """Delete blocks."""
+        with self._database:
+            self._delete(app, keys)
+
+    def delete_refused(self, refused: Iterable[tuple[str, Key, Entry]]) -> None:
+        """Delete blocks, unless they lie elsewhere by now."""
+        rows = [(app, key, entry.slot) for app, key, entry in refused]
+        with self._database as database:
+            database.executemany("DELETE FROM blocks WHERE app = ? AND key = ? AND slot = ?", rows)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def _delete(self, app: str, keys: Iterable[Key]) -> None:
+        self._database.executemany("DELETE FROM blocks WHERE app = ? AND key = ?", [(app, key) for key in keys])
+
+    def _refer(self, holder: HolderRow, keys: Iterable[Key]) -> None:
+        row = (holder.context_id, holder.app, holder.last_use, holder.tail)
+        self._database.executemany("INSERT OR IGNORE INTO refs VALUES (?, ?)", [(holder.context_id, k) for k in keys])
+        self._database.execute("INSERT OR REPLACE INTO holders VALUES (?, ?, ?, ?)", row)

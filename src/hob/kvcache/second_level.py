@@ -1,0 +1,66 @@
+"""What scheduler, loop and swap say to each other about the disk tier: questions, loads, and the memory they fill.
+
+No policy and no bytes of its own: `swap.py` answers, `scheduler.placement` asks, `service.step` carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from hob.kvcache.pool import BLOCK_SIZE
+
+Key = bytes
+"""Of a block: see prefix.py."""
+Find = Callable[[str, Key], int | None]
+"""The block that holds an app's key in memory now: `PrefixCache.find`."""
+
+
+class SecondLevel(Protocol):
+    """What the scheduler may ask and tell. Pure: no clock, no engine."""
+
+    def count(self, app: str, keys: Sequence[Key], start: int) -> int:
+        """How many leading keys are worth reading from disk, the first of which is the sequence's block `start`."""
+        ...
+
+    def has(self, app: str, key: Key) -> bool:
+        """Whether one block, a context's unfinished one, is there."""
+        ...
+
+    def turn_ended(self, app: str, context_id: str, keys: list[Key], tail: Key | None) -> None:
+        """A sequence of a context ended; `keys` are its computed full blocks, `tail` the unfinished one if any."""
+        ...
+
+
+class BlockMemory(Protocol):
+    """The engine's pool, as far as swapping goes. Called by the loop's thread only."""
+
+    def read_block(self, block_id: int) -> bytes: ...
+    def write_block(self, block_id: int, data: bytes | memoryview) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class Load:
+    """Blocks of a sequence on their way from disk. Whoever takes the blocks back sets `is_cancelled`."""
+
+    app: str
+    keys: list[Key]
+    block_ids: list[int]
+    num_tail_tokens: int = 0
+    """If the last of the blocks is an unfinished one: its tokens. 0: it is full."""
+    is_cancelled: bool = False
+    num_pending: int = 0
+    is_written: list[bool] = field(default_factory=list)
+    begun_s: float = 0.0
+
+    @property
+    def num_loaded(self) -> int:
+        """Leading blocks that are there."""
+        return self.is_written.index(False) if False in self.is_written else len(self.is_written)
+
+    @property
+    def num_loaded_tokens(self) -> int:
+        """Tokens of the leading blocks that are there."""
+        missing = BLOCK_SIZE - self.num_tail_tokens if self.num_tail_tokens and all(self.is_written) else 0
+        return self.num_loaded * BLOCK_SIZE - missing

@@ -1,0 +1,155 @@
+"""What the API process and the engine process say to each other: msgpack frames over one Unix socket pair.
+
+    API -> engine:  Submit, Cancel, ForkContext, DropContext, Shutdown
+    engine -> API:  Ready, Report (one per step), Failed
+
+A frame is a 4-byte little-endian length and that many bytes of msgpack. The engine reads what has come between two
+steps and answers with one `Report` per step, so a token's path never waits for another Python thread.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from hob.request import Request, SequenceOutput
+
+FRAME_HEADER = struct.Struct("<I")
+MAX_FRAME_BYTES = 256 << 20
+
+
+class Submit(msgspec.Struct, tag="submit"):
+    """Take this request."""
+
+    request: Request
+
+
+class Cancel(msgspec.Struct, tag="cancel"):
+    """The client left: free what the request holds before the next step."""
+
+    request_id: str
+
+
+class ForkContext(msgspec.Struct, tag="fork_context"):
+    """A context was copied: the copy refers to the same blocks on disk."""
+
+    app: str
+    parent_id: str
+    child_id: str
+
+
+class DropContext(msgspec.Struct, tag="drop_context"):
+    """A context was deleted: free the blocks on disk that no other one refers to."""
+
+    app: str
+    context_id: str
+
+
+class Shutdown(msgspec.Struct, tag="shutdown"):
+    """Finish the step and exit."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What the service tells about the loaded model."""
+
+    name: str
+    architecture: str
+    num_parameters: int
+    context_length: int
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    kv_bytes_per_token: int
+    weight_bytes: int
+    quantisation: str
+    isa: str
+    isa_reason: str
+    num_threads: int
+
+
+class Ready(msgspec.Struct, tag="ready"):
+    """The model is loaded and the loop runs."""
+
+    model: ModelInfo
+    num_blocks: int
+    block_size: int
+    load_s: float
+
+
+class AppStats(msgspec.Struct):
+    """One app's present and past."""
+
+    app: str
+    num_running: int = 0
+    num_waiting: int = 0
+    num_requests: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    compute_s: float = 0.0
+    last_ttft_s: float = 0.0
+
+
+class Stats(msgspec.Struct):
+    """State of the engine process. Sent with a report at most ten times a second, and once when it falls idle."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_cached_blocks: int = 0
+    """Free blocks that hold a reusable prefix."""
+    num_steps: int = 0
+    num_rows: int = 0
+    step_s: float = 0.0
+    """Seconds spent in steps since start."""
+    num_preemptions: int = 0
+    apps: list[AppStats] = []
+    num_alarms: int = 0
+    """Blocks, in memory or on disk, that were not what the index said: refused and computed again. Expected: 0."""
+    num_blocks_written: int = 0
+    """Blocks of contexts written to disk since start."""
+    num_blocks_read: int = 0
+    num_write_errors: int = 0
+    """Turns whose blocks could not be written: they will be computed again."""
+    disk_bytes: int = 0
+    """KV of contexts on disk."""
+
+
+class Report(msgspec.Struct, tag="report"):
+    """What one step brought."""
+
+    outputs: list[SequenceOutput]
+    stats: Stats | None = None
+
+
+class Failed(msgspec.Struct, tag="failed"):
+    """The engine cannot go on; it exits after this. `name` is a class of `errors`."""
+
+    name: str
+    message: str
+
+
+ToEngine = Submit | Cancel | ForkContext | DropContext | Shutdown
+FromEngine = Ready | Report | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode_frame(message: ToEngine | FromEngine) -> bytes:
+    """One message as a frame, header included."""
+    body = _encoder.encode(message)
+    return FRAME_HEADER.pack(len(body)) + body
+
+
+def decode_to_engine(body: bytes | bytearray | memoryview) -> ToEngine:
+    """Body of a frame, as the engine reads it. Raises msgspec.DecodeError."""
+    return _to_engine.decode(body)
+
+
+def decode_from_engine(body: bytes | bytearray | memoryview) -> FromEngine:
+    """Body of a frame, as the API reads it. Raises msgspec.DecodeError."""
+    return _from_engine.decode(body)

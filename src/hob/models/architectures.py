@@ -1,0 +1,204 @@
+"""What the metadata and tensors of a GGUF file mean, per architecture: a Network and the tensors it must have.
+
+One entry of `ARCHITECTURES` per family that is supported. Key names are those of
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (`llama.block_count`, ...). A tensor the network does not know
+is an error: a weight that is left out without a word gives wrong answers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hob.errors import ModelFileError
+from hob.models.ggml_types import F32
+from hob.models.gguf import GgufFile
+from hob.models.network import Network
+
+Shapes = dict[str, tuple[int, ...]]
+"""Tensor name -> shape, row-major."""
+
+ROPE_FREQS = "rope_freqs.weight"
+MAX_LAYERS = 1024
+MAX_SIZE = 1 << 24
+"""Largest hidden, FFN, vocabulary or context size taken for real."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """How files of one family are read."""
+
+    read: Callable[[GgufFile], Network]
+    interleaved_rope: bool
+    """Q and K rows are stored so that RoPE turns neighbours (2i, 2i + 1), not (i, i + rope_dim / 2)."""
+
+
+def read_network(gguf: GgufFile) -> Network:
+    """The network a file holds, its tensors checked to be all there, of the right shapes, and no others.
+
+    Raises ModelFileError for an architecture, a feature, a size or a tensor that is not supported.
+    """
+    network = architecture_of(gguf).read(gguf)
+    _check_tensors(gguf, expected_shapes(network))
+    return network
+
+
+def architecture_of(gguf: GgufFile) -> Architecture:
+    """The entry of `ARCHITECTURES` for a file. Raises ModelFileError listing those that are supported."""
+    name = gguf.metadata.get("general.architecture")
+    found = ARCHITECTURES.get(name) if isinstance(name, str) else None
+    if found is None:
+        supported = ", ".join(sorted(ARCHITECTURES))
+        raise ModelFileError(f"{gguf.path}: architecture is {name!r:.80}. Supported: {supported}.")
+    return found
+
+
+def expected_shapes(network: Network) -> Shapes:
+    """Every tensor a network of these sizes has."""
+    hidden, ffn, vocab = network.hidden_size, network.ffn_size, network.vocab_size
+    q_size, kv_size = network.num_heads * network.head_dim, network.num_kv_heads * network.head_dim
+    layer: Shapes = {
+        "attn_norm.weight": (hidden,),
+        "attn_q.weight": (q_size, hidden),
+        "attn_k.weight": (kv_size, hidden),
+        "attn_v.weight": (kv_size, hidden),
+        "attn_output.weight": (hidden, q_size),
+        "ffn_norm.weight": (hidden,),
+        "ffn_gate.weight": (ffn, hidden),
+        "ffn_up.weight": (ffn, hidden),
+        "ffn_down.weight": (hidden, ffn),
+    }
+    if network.qkv_bias:
+        layer |= {"attn_q.bias": (q_size,), "attn_k.bias": (kv_size,), "attn_v.bias": (kv_size,)}
+    shapes: Shapes = {"token_embd.weight": (vocab, hidden), "output_norm.weight": (hidden,)}
+    if not network.tied_head:
+        shapes["output.weight"] = (vocab, hidden)
+    if network.rope_factors:
+        shapes[ROPE_FREQS] = (network.rope_dim // 2,)
+    return shapes | {f"blk.{i}.{name}": shape for i in range(network.num_layers) for name, shape in layer.items()}
+
+
+def _read_llama(gguf: GgufFile) -> Network:
+    keys = _Keys(gguf, "llama")
+    if experts := keys.integer("expert_count", 0, 0):
+        raise keys.fail("expert_count", experts, "0: mixture-of-experts files are not supported yet")
+    hidden = keys.integer("embedding_length", 2)
+    heads = keys.integer("attention.head_count", 1)
+    kv_heads = keys.integer("attention.head_count_kv", 1, heads)
+    if heads % kv_heads:
+        raise keys.fail("attention.head_count_kv", kv_heads, f"a divisor of the {heads} heads")
+    if hidden % heads and "llama.attention.key_length" not in gguf.metadata:
+        raise keys.fail("embedding_length", hidden, f"a multiple of the {heads} heads")
+    head_dim = keys.integer("attention.key_length", 2, hidden // heads)
+    if (value_length := keys.integer("attention.value_length", 2, head_dim)) != head_dim:
+        raise keys.fail("attention.value_length", value_length, f"key_length, {head_dim}")
+    rope_dim = keys.integer("rope.dimension_count", 2, head_dim)
+    if rope_dim > head_dim or rope_dim % 2:
+        raise keys.fail("rope.dimension_count", rope_dim, f"an even number up to the head's {head_dim}")
+    return Network(
+        architecture="llama",
+        num_layers=keys.integer("block_count", 1, most=MAX_LAYERS),
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_size=keys.integer("feed_forward_length", 2),
+        vocab_size=_vocab_size(gguf),
+        context_length=keys.integer("context_length", 1),
+        rms_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        rope_theta=keys.number("rope.freq_base", 10000.0),
+        rope_dim=rope_dim,
+        rope_scale=_rope_scale(keys),
+        rope_factors=_rope_factors(gguf, rope_dim),
+        tied_head="output.weight" not in gguf.tensors,
+        qkv_bias="blk.0.attn_q.bias" in gguf.tensors,
+    )
+
+
+@dataclass(slots=True)
+class _Keys:
+    """Metadata of one architecture, each value checked. A key without a default is required."""
+
+    gguf: GgufFile
+    prefix: str
+
+    def fail(self, name: str, value: object, expected: str) -> ModelFileError:
+        return ModelFileError(f"{self.gguf.path}: {self.prefix}.{name} is {value!r:.60}. Expected {expected}.")
+
+    def integer(self, name: str, least: int, default: int | None = None, most: int = MAX_SIZE) -> int:
+        value = self.gguf.metadata.get(f"{self.prefix}.{name}", default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.fail(name, value, f"a whole number of {least} to {most}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.gguf.metadata.get(f"{self.prefix}.{name}", default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
+            raise self.fail(name, value, "a positive number")
+        return float(value)
+
+
+def _vocab_size(gguf: GgufFile) -> int:
+    """Rows of the embedding: what counts, and is at times more than the tokenizer's tokens."""
+    embedding = gguf.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ModelFileError(f"{gguf.path}: no tensor 'token_embd.weight'. The file holds no model, or half of one.")
+    rows = embedding.shape[0]
+    tokens = gguf.metadata.get("tokenizer.ggml.tokens", [])
+    num_tokens = len(tokens) if isinstance(tokens, list) else 0
+    if not 2 <= rows <= MAX_SIZE or num_tokens > rows:
+        raise ModelFileError(
+            f"{gguf.path}: the embedding has {rows} rows. Expected {max(num_tokens, 2)} to {MAX_SIZE}."
+        )
+    return rows
+
+
+def _rope_scale(keys: _Keys) -> float:
+    """Divisor of positions. Other kinds of scaling (yarn, longrope) change more than that and are refused."""
+    kind = keys.gguf.metadata.get(f"{keys.prefix}.rope.scaling.type", "linear")
+    if kind not in ("linear", "none"):
+        raise keys.fail("rope.scaling.type", kind, "'linear' or 'none'")
+    old = keys.number("rope.scale_linear", 1.0)
+    return keys.number("rope.scaling.factor", old) if kind == "linear" else 1.0
+
+
+def _rope_factors(gguf: GgufFile, rope_dim: int) -> list[float]:
+    info = gguf.tensors.get(ROPE_FREQS)
+    if info is None:
+        return []
+    if info.ggml_type != F32 or info.shape != (rope_dim // 2,):
+        raise ModelFileError(
+            f"{gguf.path}: '{ROPE_FREQS}' is {info.shape} of type {info.ggml_type}. Expected ({rope_dim // 2},) of F32."
+        )
+    factors = np.frombuffer(gguf.tensor_data(ROPE_FREQS), "<f4")
+    if not (np.isfinite(factors) & (factors > 0)).all():
+        raise ModelFileError(f"{gguf.path}: '{ROPE_FREQS}' holds {factors.min()} to {factors.max()}. Expected above 0.")
+    return [float(value) for value in factors]
+
+
+_IGNORED = re.compile(r"blk\.\d+\.attn_rot_embd")
+"""Tensors of old files that can be computed."""
+
+
+def _check_tensors(gguf: GgufFile, expected: Shapes) -> None:
+    for name, shape in expected.items():
+        info = gguf.tensors.get(name)
+        if info is None:
+            raise ModelFileError(f"{gguf.path}: no tensor '{name}' {shape}. The model is incomplete.")
+        if info.shape != shape:
+            raise ModelFileError(f"{gguf.path}: tensor '{name}' is {info.shape}. Its metadata expect {shape}.")
+    others = [name for name in gguf.tensors if name not in expected and not _IGNORED.match(name)]
+    if others:
+        raise ModelFileError(
+            f"{gguf.path}: {len(others)} tensors that a {gguf.metadata['general.architecture']} network does not have, "
+            f"'{others[0]}' first. This variant is not supported."
+        )
+
+
+ARCHITECTURES = {
+    "llama": Architecture(_read_llama, interleaved_rope=True),
+}

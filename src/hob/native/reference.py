@@ -1,0 +1,233 @@
+"""The compute core in plain NumPy: what `csrc/` must compute, written to be read. Tests run over both.
+
+Shapes: R rows, H hidden size, N outputs, K inputs, G = K / 32 groups, A heads, B KV heads, D head dimension. Knows
+packed weights and batches; no files beyond `open_packed`'s, no threads, no speed. Sampling: `reference_sampling.py`.
+
+Llama family: Touvron et al. 2023, arXiv:2302.13971; RoPE: Su et al. 2021, arXiv:2104.09864; grouped queries: Ainslie
+et al. 2023, arXiv:2305.13245.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hob.models.network import Network
+from hob.models.packed_file import Packed
+from hob.native.layout import GROUP, Codes, Kind, decode, decode_floats
+
+Floats = NDArray[np.float32]
+Weight = Floats | Codes
+"""A float matrix (N, K), or a quantised one."""
+
+
+BLOCK_SIZE = 16
+"""Tokens in a block of KV."""
+OUT_LOGITS, OUT_SCORE, OUT_HIDDEN = 1, 2, 3
+"""Values of `engine.base.Out`."""
+
+
+class Batch(Protocol):
+    """Anything shaped like `engine.base.Batch`, which says what the fields mean."""
+
+    token: NDArray[np.int32]
+    position: NDArray[np.int32]
+    index: NDArray[np.int32]
+    out: NDArray[np.uint8]
+    target: NDArray[np.int32]
+    row_start: NDArray[np.int32]
+    table_start: NDArray[np.int32]
+    blocks: NDArray[np.int32]
+    num_tops: int
+
+
+def quantise_activations(x: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """Codes (R, K) and scales (R, G) of rows (R, K): x is about s * q, s the largest of a group of 32 over 127."""
+    groups = x.reshape(len(x), x.shape[1] // GROUP, GROUP)
+    amax = np.abs(groups).max(axis=2)
+    inverse = np.divide(np.float32(127), amax, out=np.zeros_like(amax), where=amax > 0)
+    q = np.rint(groups * inverse[:, :, None]).astype(np.int8)
+    return q.reshape(x.shape), amax / np.float32(127)
+
+
+def linear(x: Floats, weight: Weight) -> Floats:
+    """(R, K) -> (R, N). Quantised: 8-bit activations, whole-number dot products in a group, groups added in order."""
+    if not isinstance(weight, Codes):
+        y: Floats = x @ weight.T
+        return y
+    q, s = quantise_activations(x)
+    w = weight.q.astype(np.float32) - weight.kind.zero  # products of codes stay exact: 32 * 127 * 255 < 2 ** 24
+    d = weight.d.astype(np.float32)
+    y = np.zeros((len(x), len(w)), np.float32)
+    for g in range(s.shape[1]):
+        span = slice(g * GROUP, (g + 1) * GROUP)
+        q_group = q[:, span].astype(np.float32)
+        y += s[:, g, None] * d[None, :, g] * (q_group @ w[:, span].T)
+        if weight.m is not None:
+            y += (s[:, g] * q_group.sum(axis=1))[:, None] * weight.m[None, :, g].astype(np.float32)
+    return y
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    """(R, H): each row scaled to a mean square of 1, then by `weight` (H,)."""
+    mean_square = np.mean(np.square(x, dtype=np.float32), axis=-1, keepdims=True)
+    y: Floats = x / np.sqrt(mean_square + np.float32(eps)) * weight
+    return y
+
+
+def rope_angles(network: Network, position: NDArray[np.int32]) -> NDArray[np.float64]:
+    """(R, rope_dim / 2): how far each pair of dimensions turns at each position."""
+    rope_dim = network.rope_dim or network.head_dim
+    frequency = network.rope_theta ** (-np.arange(0, rope_dim, 2) / rope_dim)
+    if network.rope_factors:
+        frequency = frequency / np.array(network.rope_factors)
+    angles: NDArray[np.float64] = position[:, None] / network.rope_scale * frequency
+    return angles
+
+
+def rope(x: Floats, angles: NDArray[np.float64]) -> Floats:
+    """Turn dimensions (i, i + rope_dim / 2) of each head of (R, A, D); dimensions past rope_dim stay."""
+    half = angles.shape[1]
+    cos, sin = (f(angles).astype(np.float32)[:, None, :] for f in (np.cos, np.sin))
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def attention(query: Floats, keys: Floats, values: Floats, lengths: NDArray[np.int32], scale: float) -> Floats:
+    """(R, A, D): row r of `query` sees the first lengths[r] of `keys` and `values` (T, B, D)."""
+    group = query.shape[1] // keys.shape[1]
+    keys, values = np.repeat(keys, group, axis=1), np.repeat(values, group, axis=1)
+    query, keys, values = (x.transpose(1, 0, 2) for x in (query, keys, values))  # (A, R or T, D)
+    scores = query @ keys.transpose(0, 2, 1) * np.float32(scale)  # (A, R, T)
+    scores[:, np.arange(keys.shape[1])[None, :] >= lengths[:, None]] = -np.inf
+    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    weights /= weights.sum(axis=2, keepdims=True)
+    y: Floats = (weights @ values).transpose(1, 0, 2)
+    return y
+
+
+def log_softmax(logits: Floats) -> Floats:
+    """(R, V) log-probabilities, summed in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    y: Floats = (shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))).astype(np.float32)
+    return y
+
+
+class KvPool:
+    """Keys (rotated) and values of `num_blocks` blocks. float16 is the real thing; float32 shows what that costs."""
+
+    def __init__(self, network: Network, num_blocks: int, dtype: type[np.floating[Any]] = np.float16) -> None:
+        shape = (network.num_layers, num_blocks, BLOCK_SIZE, network.num_kv_heads, network.head_dim)
+        self.keys, self.values = np.zeros(shape, dtype), np.zeros(shape, dtype)
+
+    def write(self, layer: int, slots: NDArray[np.int64], keys: Floats, values: Floats) -> None:
+        """Store (R, B, D) at slots (R,), block * 16 + place."""
+        self.keys[layer].reshape(-1, *keys.shape[1:])[slots] = keys
+        self.values[layer].reshape(-1, *values.shape[1:])[slots] = values
+
+    def read(self, layer: int, slots: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Keys and values (T, B, D) at slots (T,)."""
+        kept = (part[layer].reshape(-1, *part.shape[3:])[slots] for part in (self.keys, self.values))
+        keys, values = (part.astype(np.float32) for part in kept)
+        return keys, values
+
+
+@dataclass
+class Result:
+    """What the rows of a step were asked for, each in the order of its rows."""
+
+    logits: Floats
+    """(n, vocab_size)"""
+    logprob: Floats
+    """(n,) of the targets of SCORE rows"""
+    top_ids: NDArray[np.int32]
+    """(n, num_tops) most likely first"""
+    top_logprobs: Floats
+    """(n, num_tops)"""
+    hidden: Floats
+    """(n, H)"""
+
+
+class Model:
+    """A packed model, its weights decoded. `forward` is the step of engine/base.py."""
+
+    def __init__(self, packed: Packed) -> None:
+        self.network = packed.network
+        self.weights: dict[str, Weight] = {}
+        for tensor in packed.tensors:
+            data, kind = packed.read_tensor(tensor), Kind(tensor.kind)
+            self.weights[tensor.name] = (
+                decode_floats(data, tensor.rows, tensor.cols)
+                if kind is Kind.F32
+                else decode(kind, data, tensor.rows, tensor.cols)
+            )
+
+    def forward(self, pool: KvPool, batch: Batch) -> Result:
+        """Compute the batch's rows and write their KV."""
+        x = self._embed(batch.token)
+        angles = rope_angles(self.network, batch.position)
+        for layer in range(self.network.num_layers):
+            x = x + self._attention(layer, x, angles, pool, batch)
+            x = x + self._ffn(layer, x)
+        x = rms_norm(x, self._vector("output_norm.weight"), self.network.rms_eps)
+        return self._outputs(x, batch)
+
+    def _embed(self, token: NDArray[np.int32]) -> Floats:
+        weight = self.weights["token_embd.weight"]
+        if not isinstance(weight, Codes):
+            return weight[token]
+        m = None if weight.m is None else weight.m[token]
+        return Codes(weight.kind, weight.q[token], weight.d[token], m).dequantise()
+
+    def _attention(self, layer: int, x: Floats, angles: NDArray[np.float64], pool: KvPool, batch: Batch) -> Floats:
+        net, name = self.network, f"blk.{layer}.attn"
+        normed = rms_norm(x, self._vector(f"{name}_norm.weight"), net.rms_eps)
+        query = rope(self._heads(normed, f"{name}_q", net.num_heads), angles)
+        keys = rope(self._heads(normed, f"{name}_k", net.num_kv_heads), angles)
+        values = self._heads(normed, f"{name}_v", net.num_kv_heads)
+        attended = np.empty_like(query)
+        for s in range(len(batch.row_start) - 1):
+            rows = slice(batch.row_start[s], batch.row_start[s + 1])
+            blocks = batch.blocks[batch.table_start[s] : batch.table_start[s + 1]].astype(np.int64)
+            slots = (blocks[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).ravel()
+            lengths = batch.index[rows] + 1
+            pool.write(layer, slots[batch.index[rows]], keys[rows], values[rows])
+            seen = pool.read(layer, slots[: lengths.max(initial=0)])
+            attended[rows] = attention(query[rows], *seen, lengths, net.attention_scale or net.head_dim**-0.5)
+        return linear(attended.reshape(len(x), -1), self.weights[f"{name}_output.weight"])
+
+    def _heads(self, x: Floats, name: str, num_heads: int) -> Floats:
+        y = linear(x, self.weights[f"{name}.weight"])
+        if self.network.qkv_bias:
+            y += self._vector(f"{name}.bias")
+        return y.reshape(len(x), num_heads, self.network.head_dim)
+
+    def _ffn(self, layer: int, x: Floats) -> Floats:
+        name = f"blk.{layer}.ffn"
+        normed = rms_norm(x, self._vector(f"{name}_norm.weight"), self.network.rms_eps)
+        gate = linear(normed, self.weights[f"{name}_gate.weight"])
+        up = linear(normed, self.weights[f"{name}_up.weight"])
+        return linear(gate / (1 + np.exp(-gate)) * up, self.weights[f"{name}_down.weight"])
+
+    def _outputs(self, x: Floats, batch: Batch) -> Result:
+        head = self.weights["token_embd.weight" if self.network.tied_head else "output.weight"]
+        is_score = batch.out == OUT_SCORE
+        logprobs = log_softmax(linear(x[is_score], head))
+        tops = np.argsort(-logprobs, axis=1, kind="stable")[:, : batch.num_tops].astype(np.int32)
+        targets = batch.target[is_score]
+        return Result(
+            logits=linear(x[batch.out == OUT_LOGITS], head),
+            logprob=logprobs[np.arange(len(targets)), targets],
+            top_ids=tops,
+            top_logprobs=np.take_along_axis(logprobs, tops, axis=1),
+            hidden=x[batch.out == OUT_HIDDEN],
+        )
+
+    def _vector(self, name: str) -> Floats:
+        weight = self.weights[name]
+        assert not isinstance(weight, Codes)
+        vector: Floats = weight[0]
+        return vector

@@ -1,0 +1,82 @@
+"""May this request enter? Answers at once: yes, or an error that names the limit, the value and when to come back."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from hob.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+from hob.request import Kind, Request, Sequence
+
+MAX_SEQUENCES = 1024
+"""Most samples or continuations of one request."""
+
+
+def check_request(
+    request: Request,
+    known: Container[str],
+    *,
+    vocab_size: int,
+    context_length: int,
+    num_waiting: int,
+    max_waiting: int,
+) -> None:
+    """Raise InvalidRequest, ContextLengthExceeded or Overloaded unless the request can be served."""
+    if request.request_id in known:
+        raise InvalidRequest(f"request id '{request.request_id}' is in use. Expected a new one.")
+    if not request.token_ids:
+        raise InvalidRequest("the prompt has 0 tokens. Expected at least 1.", param="prompt")
+    if request.weight <= 0:
+        raise InvalidRequest(f"weight is {request.weight}. Expected more than 0.", param="weight")
+    if request.continuations and (request.kind is not Kind.SCORE or request.prompt_logprobs is not None):
+        raise InvalidRequest("continuations go with kind 'score' and without prompt_logprobs", param="continuations")
+    if request.kind is Kind.EMBED and request.pooling not in ("mean", "last"):
+        raise InvalidRequest(f"pooling is '{request.pooling}'. Expected 'mean' or 'last'.", param="pooling")
+    num_sequences = max(request.num_samples, len(request.continuations))
+    if not 1 <= num_sequences <= MAX_SEQUENCES or request.num_samples < 1:
+        raise InvalidRequest(f"{num_sequences} sequences are asked for. Expected 1 to {MAX_SEQUENCES}.", param="n")
+    for token_ids in (request.token_ids, *request.continuations):
+        if not token_ids or min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            raise InvalidRequest(
+                f"token ids span {min(token_ids, default=None)} to {max(token_ids, default=None)}. "
+                f"Expected 0 to {vocab_size - 1}, at least one.",
+                param="prompt",
+            )
+    _check_length(request, context_length)
+    if num_waiting + num_sequences > max_waiting:
+        raise Overloaded(
+            f"the queue is full: {num_waiting} sequences wait, {num_sequences} more exceed the limit of {max_waiting}",
+            retry_after_s=1.0,
+        )
+
+
+def _check_length(request: Request, context_length: int) -> None:
+    num_prompt = len(request.token_ids)
+    if request.kind is Kind.GENERATE:
+        num_more, what = request.sampling.max_tokens, "max_tokens"
+    else:
+        num_more, what = max((len(c) for c in request.continuations), default=0), "the longest continuation"
+    if num_prompt + num_more > context_length:
+        raise ContextLengthExceeded(
+            f"the prompt has {num_prompt:,} tokens and {what} is {num_more:,}: "
+            f"{num_prompt + num_more:,} in all, but the context is {context_length:,}",
+            param="prompt",
+        )
+    if request.kind is Kind.GENERATE and num_more < 1:
+        raise InvalidRequest(f"max_tokens is {num_more}. Expected at least 1.", param="max_tokens")
+
+
+def sequences_of(request: Request, now: float) -> list[Sequence]:
+    """One sequence per sample or continuation. All but the first wait until the first has computed the prompt."""
+    if request.continuations:
+        sequences = [Sequence(request, i, request.token_ids + c, now) for i, c in enumerate(request.continuations)]
+        for sequence in sequences:
+            sequence.score_from = len(request.token_ids)
+    else:
+        sequences = [Sequence(request, i, list(request.token_ids), now) for i in range(request.num_samples)]
+        if request.prompt_logprobs is not None:
+            for sequence in sequences:
+                sequence.score_from = 1
+    if request.prompt_logprobs is None:
+        for sequence in sequences[1:]:
+            sequence.leader = sequences[0]
+    return sequences

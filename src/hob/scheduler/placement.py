@@ -1,0 +1,242 @@
+"""Which sequences hold KV blocks: who starts, grows, forks, and who is preempted to make room.
+
+    waiting --start--> running --release--> gone
+       ^                  |
+       +----- preempt ----+     blocks given back; computed again later, with the same bits
+
+Running means holding blocks, not having rows in every step: a sequence that is passed over is paused and keeps its KV.
+Only memory makes it give them up. Equals do not push each other out; a more urgent class may. Within a step, sequences
+that already have their rows (`planned`) are spared.
+
+Where there is a disk tier (`second`), a sequence that starts may find more of its prefix there: it then holds blocks
+and waits, loading, until `loaded` says how many of them came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hob.kvcache.pool import BLOCK_SIZE, num_blocks_for
+from hob.kvcache.prefix import PrefixCache
+from hob.kvcache.second_level import Load, SecondLevel
+from hob.request import Sequence
+from hob.scheduler.order import Order
+
+
+@dataclass(slots=True)
+class Copy:
+    """Slots to be copied between blocks before the next step (a fork of an unfinished tail)."""
+
+    source: int
+    destination: int
+    num_tokens: int
+
+
+class Placement:
+    """Waiting and running sequences, their blocks, and the copies that forks still owe."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        max_running: int,
+        has_prefix_cache: bool,
+        order: Order,
+        second: SecondLevel | None = None,
+        salt_of: Callable[[str], bytes] | None = None,
+    ) -> None:
+        self.prefixes = PrefixCache(num_blocks, has_prefix_cache, salt_of)
+        self.pool = self.prefixes.pool
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._max_running = max_running
+        self._order = order
+        self._copies: list[Copy] = []
+        self._second = second if has_prefix_cache else None
+        self._loads: dict[Load, Sequence] = {}
+        self._new_loads: list[Load] = []
+
+    def start(self, sequence: Sequence, planned: set[int]) -> bool:
+        """Move a waiting sequence to the running ones, with what the prefix cache has of it, if memory allows."""
+        if sequence.leader is not None and not sequence.leader.is_finished:
+            return False
+        request = sequence.request
+        less_urgent = [s for s in self.running if self._order.may_preempt(sequence, s)]
+        if len(self.running) >= self._max_running and not less_urgent:
+            return False
+        max_cached = min(sequence.first_wanted_row, sequence.num_tokens - 1)
+        cached = self.prefixes.match(request.app, sequence.token_ids, sequence.block_keys, max_cached)
+        # Shared first, so that making room cannot evict what was just found.
+        self.pool.share(cached)
+        if not self._make_room(num_blocks_for(sequence.num_needed_tokens) - len(cached), less_urgent, planned):
+            self.pool.free(cached)
+            return False
+        sequence.block_table = cached
+        sequence.num_computed_tokens = len(cached) * BLOCK_SIZE
+        if sequence.first_step_s is None:
+            sequence.usage.num_cached_tokens = sequence.num_computed_tokens
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        if self._second is not None:
+            self._start_load(sequence, self._second, max_cached)
+        return True
+
+    def _start_load(self, sequence: Sequence, second: SecondLevel, max_tokens: int) -> None:
+        """Have what the disk knows of the sequence's prefix beyond memory read into blocks of its own.
+
+        A context's last, unfinished block is taken over from memory or read as well: computing up to 15 rows again
+        would cost more than all the rest of a short turn.
+        """
+        request, start = sequence.request, len(sequence.block_table)
+        keys = sequence.block_keys[start : max_tokens // BLOCK_SIZE]
+        keys = keys[: second.count(request.app, keys, start) if keys else 0]
+        num_tail = 0
+        if request.context_id is not None:
+            end = (start + len(keys)) * BLOCK_SIZE
+            if not keys and self._take_tail(sequence, max_tokens):
+                return
+            for count in range(min(max_tokens - end, BLOCK_SIZE - 1), 0, -1):
+                key = self.prefixes.tail_key(request.app, sequence.token_ids, sequence.block_keys, end, count)
+                if second.has(request.app, key):
+                    keys.append(key)
+                    num_tail = count
+                    break
+        if keys:
+            block_ids = self.pool.allocate(len(keys))
+            sequence.block_table = sequence.block_table + block_ids
+            sequence.is_loading = True
+            load = Load(request.app, keys, block_ids, num_tail)
+            self._loads[load] = sequence
+            self._new_loads.append(load)
+
+    def _take_tail(self, sequence: Sequence, max_tokens: int) -> bool:
+        start = sequence.num_computed_tokens
+        found = self.prefixes.take_tail(
+            sequence.request.app, sequence.token_ids, sequence.block_keys, start, max_tokens
+        )
+        if found is None:
+            return False
+        sequence.block_table = [*sequence.block_table, found[0]]
+        sequence.num_computed_tokens += found[1]
+        if sequence.first_step_s is None:
+            sequence.usage.num_cached_tokens = sequence.num_computed_tokens
+        return True
+
+    def loaded(self, load: Load) -> None:
+        """A load is done: what it brought counts as computed, what it did not is computed now."""
+        sequence = self._loads.pop(load)
+        sequence.is_loading = False
+        num_restored = load.num_loaded_tokens
+        start = sequence.num_computed_tokens
+        self.advance(sequence, start, start + num_restored)
+        if sequence.first_step_s is None:
+            sequence.usage.num_cached_tokens += num_restored
+            sequence.usage.num_restored_tokens = num_restored
+
+    def take_loads(self) -> list[Load]:
+        """Loads to be begun, in order."""
+        loads, self._new_loads = self._new_loads, []
+        return [load for load in loads if not load.is_cancelled]
+
+    def keep_context(self, sequence: Sequence) -> None:
+        """A turn of a persistent context ends: its computed blocks, an unfinished one too, go to disk ahead of time."""
+        app, context_id = sequence.request.app, sequence.request.context_id
+        num_full, num_tail = divmod(sequence.num_computed_tokens, BLOCK_SIZE)
+        if self._second is None or context_id is None or not sequence.num_computed_tokens:
+            return
+        keys, tail = sequence.block_keys[:num_full], None
+        if num_tail:
+            tail = self.prefixes.tail_key(app, sequence.token_ids, keys, num_full * BLOCK_SIZE, num_tail)
+            self.prefixes.insert(app, tail, sequence.block_table[num_full])
+        self._second.turn_ended(app, context_id, keys, tail)
+
+    def grow(self, sequence: Sequence, num_rows: int, planned: set[int]) -> bool:
+        """Hold blocks for the next `num_rows` tokens, preempting later ones or, at the last, the sequence itself."""
+        missing = num_blocks_for(sequence.num_computed_tokens + num_rows) - len(sequence.block_table)
+        if missing > 0:
+            order = self._order(self.running)
+            if not self._make_room(missing, order[order.index(sequence) + 1 :], planned):
+                self.preempt(sequence)
+                return False
+            sequence.block_table += self.pool.allocate(missing)
+        return True
+
+    def advance(self, sequence: Sequence, start: int, end: int) -> None:
+        """Tokens [start, end) are computed: let their full blocks be found by others."""
+        sequence.num_computed_tokens = end
+        self.prefixes.extend_keys(sequence.request.app, sequence.token_ids, sequence.block_keys, end)
+        for i in range(start // BLOCK_SIZE, end // BLOCK_SIZE):
+            self.prefixes.insert(sequence.request.app, sequence.block_keys[i], sequence.block_table[i])
+
+    def fork(self, leader: Sequence, siblings: list[Sequence]) -> None:
+        """Give siblings that wait for the leader's prompt its blocks, and a copy of the unfinished one.
+
+        Those for whom there is no room now find the full blocks in the prefix cache later.
+        """
+        num_shared = leader.num_prompt_tokens - 1
+        if len(siblings) == 1 or leader.num_computed_tokens < num_shared:
+            return
+        num_full, num_tail = divmod(num_shared, BLOCK_SIZE)
+        for sibling in siblings:
+            if sibling.leader is not leader or sibling.is_finished:
+                continue
+            if len(self.running) >= self._max_running or not self.pool.can_allocate(1):
+                return
+            sibling.leader = None
+            sibling.block_table = leader.block_table[:num_full]
+            self.pool.share(sibling.block_table)
+            if num_tail:
+                sibling.block_table += self.pool.allocate(1)
+                self._copies.append(Copy(leader.block_table[num_full], sibling.block_table[num_full], num_tail))
+            sibling.num_computed_tokens = sibling.usage.num_cached_tokens = num_shared
+            self.waiting.remove(sibling)
+            self.running.append(sibling)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks back; it waits and is computed again."""
+        self._release(sequence)
+        self.running.remove(sequence)
+        self.waiting.append(sequence)
+        self.num_preemptions += 1
+
+    def remove(self, sequence: Sequence) -> None:
+        """The sequence has ended."""
+        self._release(sequence)
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+
+    def take_copies(self) -> list[Copy]:
+        """Copies that must be made before the next step, in order."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    def check(self) -> None:
+        """Raise InternalError or AssertionError unless pool and block tables agree."""
+        self.pool.check()
+        held = [0] * self.pool.num_blocks
+        for sequence in self.running + self.waiting:
+            for block_id in sequence.block_table:
+                held[block_id] += 1
+        for block_id, count in enumerate(held):
+            actual = self.pool.num_holders(block_id)
+            assert actual == count, f"block {block_id} has {actual} holders, block tables say {count}"
+
+    def _make_room(self, count: int, victims: list[Sequence], planned: set[int]) -> bool:
+        """Preempt `victims`, the last in order first, until `count` blocks are free."""
+        order = self._order([victim for victim in victims if id(victim) not in planned])
+        while not self.pool.can_allocate(count):
+            if not order:
+                return False
+            self.preempt(order.pop())
+        return True
+
+    def _release(self, sequence: Sequence) -> None:
+        self._copies = [copy for copy in self._copies if copy.destination not in sequence.block_table]
+        if sequence.is_loading:
+            load = next(load for load, owner in self._loads.items() if owner is sequence)
+            load.is_cancelled = True
+            del self._loads[load]
+            sequence.is_loading = False
+        self.pool.free(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed_tokens = 0

@@ -1,0 +1,348 @@
+"""What runs in the next step, and what its results mean. Pure policy: no clock, no engine, no locks.
+
+    add(request) -> waiting --schedule--> running --postprocess--> finished        (`placement.py` has the blocks)
+
+There is no prefill phase and no decode phase: `schedule` shares out a budget, first to running sequences that lack one
+row (they stream), then to all others in order. Chunked prefill, continuous batching and recompute after preemption all
+follow from "compute some of num_needed_tokens - num_computed_tokens".
+
+The budget is milliseconds, from the cost model: a step that carries interactive rows may take `urgent_stretch` times
+what it would with them alone, any other at most `max_step_s`, so that whoever comes next waits no longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from hob.config import SchedulerConfig
+from hob.kvcache.pool import BLOCK_SIZE
+from hob.kvcache.second_level import SecondLevel
+from hob.messages import AppStats, Stats
+from hob.request import FinishReason, Kind, OutputError, Request, Sequence, SequenceOutput, ServiceClass, Top, Usage
+from hob.scheduler.admission import check_request, sequences_of
+from hob.scheduler.cost import CostModel
+from hob.scheduler.order import Order
+from hob.scheduler.placement import Copy, Placement
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Rows of one sequence in a step: tokens [start, start + num_rows)."""
+
+    sequence: Sequence
+    start: int
+    num_rows: int
+
+    @property
+    def end(self) -> int:
+        """One past the last token computed."""
+        return self.start + self.num_rows
+
+    @property
+    def context(self) -> int:
+        """Sum over the rows of their places: what attention costs."""
+        return (self.start + self.end) * self.num_rows // 2
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+    num_rows: int = 0
+    context: int = 0
+    planned: set[int] = field(default_factory=set)
+    """Identities of the sequences that have their rows: they may not be preempted any more."""
+    num_urgent_rows: int = 0
+    """Rows of interactive sequences among them, and their context: what the step would be without the others."""
+    urgent_context: int = 0
+
+    def add(self, sequence: Sequence, num_rows: int) -> None:
+        """Give a sequence its next rows."""
+        chunk = Chunk(sequence, sequence.num_computed_tokens, num_rows)
+        self.chunks.append(chunk)
+        self.planned.add(id(sequence))
+        self.num_rows += num_rows
+        self.context += chunk.context
+        if sequence.request.service_class is ServiceClass.INTERACTIVE:
+            self.num_urgent_rows += num_rows
+            self.urgent_context += chunk.context
+
+
+@dataclass(slots=True)
+class ChunkResult:
+    """What the engine computed for one chunk, in the order of the plan."""
+
+    token_id: int | None = None
+    """The token drawn after the last row, if one was wanted."""
+    logprob: float = 0.0
+    tops: list[Top] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    score_tops: list[list[Top]] = field(default_factory=list)
+    hidden_sum: list[float] | None = None
+    """Sum of the chunk's wanted hidden states."""
+    num_hidden: int = 0
+
+
+class Scheduler:
+    """Owns all sequences from arrival to end. Time is passed in, in seconds of any one clock."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        num_blocks: int,
+        context_length: int,
+        vocab_size: int,
+        second: SecondLevel | None = None,
+        salt_of: Callable[[str], bytes] | None = None,
+    ) -> None:
+        """`second`: the disk tier of the prefix cache; `salt_of`: an app's lasting salt. Both optional."""
+        self.config = config
+        self.context_length = context_length
+        self.vocab_size = vocab_size
+        self.cost = CostModel()
+        self.order = Order()
+        self.placement = Placement(num_blocks, config.max_running, config.prefix_cache, self.order, second, salt_of)
+        self._requests: dict[str, list[Sequence]] = {}
+        self._apps: dict[str, AppStats] = {}
+        self._stats = Stats(num_blocks=num_blocks)
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Sequences without blocks."""
+        return self.placement.waiting
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Sequences with blocks."""
+        return self.placement.running
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `schedule` would find something to do."""
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request, now: float) -> None:
+        """Admit a request at once, or raise: InvalidRequest, ContextLengthExceeded, Overloaded (with retry-after)."""
+        check_request(
+            request,
+            self._requests,
+            vocab_size=self.vocab_size,
+            context_length=min(self.context_length, self.placement.pool.num_blocks * BLOCK_SIZE),
+            num_waiting=len(self.waiting),
+            max_waiting=self.config.max_waiting,
+        )
+        sequences = sequences_of(request, now)
+        self._requests[request.request_id] = sequences
+        self.placement.waiting += sequences
+        app = self._app(request.app)
+        app.num_requests += 1
+        app.num_prompt_tokens += len(request.token_ids)
+        for sequence in sequences:
+            sequence.usage.num_prompt_tokens = len(request.token_ids)
+            self.order.fairness.enter(request.app)
+
+    def cancel(self, request_id: str, now: float) -> None:
+        """End all sequences of a request and free their blocks. A request that is gone already is no error."""
+        for sequence in self._requests.get(request_id, []):
+            if not sequence.is_finished:
+                self._finish(sequence, FinishReason.CANCELLED, now)
+
+    def schedule(self, now: float) -> Plan | None:
+        """The next step, or None when there is nothing to compute. Blocks for all its rows are held when it returns."""
+        self.order.at(now, self.running + self.waiting)
+        plan = Plan()
+        self._start_urgent(plan)
+        self._plan_streams(plan)
+        self._plan_others(plan)
+        if not plan.chunks:
+            return None
+        for chunk in plan.chunks:
+            self.order.served(chunk.sequence.request.service_class)
+            if chunk.sequence.first_step_s is None:
+                chunk.sequence.first_step_s = now
+                chunk.sequence.usage.queued_s = now - chunk.sequence.arrival_s
+                self._app(chunk.sequence.request.app).num_cached_tokens += chunk.sequence.usage.num_cached_tokens
+        plan.copies = self.placement.take_copies()
+        return plan
+
+    def postprocess(self, plan: Plan, results: list[ChunkResult], step_s: float, now: float) -> list[SequenceOutput]:
+        """Take in a step's results: advance, finish, fork. Returns what the clients are to be told."""
+        self._stats.num_steps += 1
+        self._stats.num_rows += plan.num_rows
+        self._stats.step_s += step_s
+        self.cost.observe(plan.num_rows, plan.context, step_s)
+        outputs = []
+        shares = [self.cost.share(chunk.num_rows, chunk.context, len(plan.chunks)) for chunk in plan.chunks]
+        scale = step_s / sum(shares)
+        for chunk, result, share in zip(plan.chunks, results, shares, strict=True):
+            sequence = chunk.sequence
+            self._charge(chunk, share * scale)
+            self.placement.advance(sequence, chunk.start, chunk.end)
+            if sequence.leader is None:
+                self.placement.fork(sequence, self._requests[sequence.request.request_id])
+            output = self._take(sequence, result, now)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def fail(self, plan: Plan, error: OutputError, now: float) -> list[SequenceOutput]:
+        """A step raised: end its sequences and their siblings with the error."""
+        outputs = []
+        for sequence in {id(s): s for c in plan.chunks for s in self._requests[c.sequence.request.request_id]}.values():
+            if not sequence.is_finished:
+                output = self._finish(sequence, FinishReason.ERROR, now)
+                output.error = error
+                outputs.append(output)
+        return outputs
+
+    def stats(self) -> Stats:
+        """State now, per app too."""
+        for app in self._apps.values():
+            app.num_running = app.num_waiting = 0
+        for sequence in self.running:
+            self._apps[sequence.request.app].num_running += 1
+        for sequence in self.waiting:
+            self._apps[sequence.request.app].num_waiting += 1
+        self._stats.num_running = len(self.running)
+        self._stats.num_waiting = len(self.waiting)
+        self._stats.num_preemptions = self.placement.num_preemptions
+        self._stats.num_free_blocks = self.placement.pool.num_free
+        self._stats.num_cached_blocks = self.placement.pool.num_cached
+        self._stats.apps = list(self._apps.values())
+        return self._stats
+
+    def check(self) -> None:
+        """Raise unless pool and block tables agree."""
+        self.placement.check()
+
+    # ---- who and how much ----
+
+    def _start_urgent(self, plan: Plan) -> None:
+        """Start what is more urgent than something that runs, before streams of lesser classes get their rows."""
+        least_urgent = max((s.request.service_class for s in self.running), default=ServiceClass.INTERACTIVE)
+        for sequence in self.order([s for s in self.waiting if s.request.service_class < least_urgent]):
+            self.placement.start(sequence, plan.planned)
+
+    def _plan_streams(self, plan: Plan) -> None:
+        """One row for each running sequence that lacks just one: interactive ones always, others within the budget."""
+        for sequence in self.order(self.running):
+            if sequence not in self.running or sequence.is_loading or self._lack(sequence) != 1:
+                continue  # preempted by one before it, or not a stream
+            is_interactive = sequence.request.service_class is ServiceClass.INTERACTIVE
+            if not is_interactive and plan.chunks and self._rows_left(plan, sequence) < 1:
+                continue
+            if len(plan.chunks) < self.config.max_running and self.placement.grow(sequence, 1, plan.planned):
+                plan.add(sequence, 1)
+
+    def _plan_others(self, plan: Plan) -> None:
+        """Rows for sequences that lack several, running or waiting, as long as the budget lasts."""
+        candidates = [s for s in self.running if id(s) not in plan.planned and not s.is_loading] + self.waiting
+        for sequence in self.order(candidates):
+            num_rows = self._rows_left(plan, sequence)
+            if num_rows < 1:
+                break
+            if sequence not in self.running and not self.placement.start(sequence, plan.planned):
+                continue
+            if sequence.is_loading:
+                continue
+            num_rows = min(self._rows_left(plan, sequence), self._lack(sequence))
+            if num_rows > 0 and self.placement.grow(sequence, num_rows, plan.planned):
+                plan.add(sequence, num_rows)
+
+    def _rows_left(self, plan: Plan, sequence: Sequence) -> int:
+        """Rows that the sequence may have in this step; at least one in a step that has none yet."""
+        if len(plan.chunks) >= self.config.max_running:
+            return 0
+        spent_s = self.cost.step_s(plan.num_rows, plan.context)
+        budget_s = self.config.max_step_s
+        if self.order.is_starved(sequence):
+            budget_s += spent_s  # once a second; less than one gap in twenty of a stream
+        elif plan.num_urgent_rows and sequence.request.service_class is not ServiceClass.INTERACTIVE:
+            alone_s = self.cost.step_s(plan.num_urgent_rows, plan.urgent_context)
+            budget_s = min(budget_s, self.config.urgent_stretch * alone_s)
+        max_rows = self.config.max_step_tokens - plan.num_rows
+        num_rows = self.cost.rows_within(budget_s - spent_s, sequence.num_computed_tokens, max_rows)
+        return max(num_rows, 0 if plan.chunks else 1)
+
+    def _lack(self, sequence: Sequence) -> int:
+        return sequence.num_needed_tokens - sequence.num_computed_tokens
+
+    # ---- what it meant ----
+
+    def _take(self, sequence: Sequence, result: ChunkResult, now: float) -> SequenceOutput | None:
+        """Add one chunk's results to its sequence. Returns what to tell the client, if anything."""
+        sequence.scores += result.scores
+        sequence.score_tops += result.score_tops
+        if result.hidden_sum is not None:
+            old = sequence.pooled or [0.0] * len(result.hidden_sum)
+            sequence.pooled = [a + b for a, b in zip(old, result.hidden_sum, strict=True)]
+            sequence.num_pooled += result.num_hidden
+        request = sequence.request
+        if request.kind is not Kind.GENERATE:
+            return self._finish(sequence, FinishReason.STOP, now) if self._lack(sequence) <= 0 else None
+        if result.token_id is None:
+            return None
+        is_first = sequence.first_token_s is None
+        if is_first:
+            sequence.first_token_s = now
+            self._app(request.app).last_ttft_s = now - sequence.arrival_s
+        sampling = request.sampling
+        if result.token_id in sampling.stop_token_ids:
+            return self._finish(sequence, FinishReason.STOP, now)
+        sequence.token_ids.append(result.token_id)
+        self._app(request.app).num_output_tokens += 1
+        is_full = sequence.num_generated >= sampling.max_tokens or sequence.num_tokens >= self.context_length
+        output = (
+            self._finish(sequence, FinishReason.LENGTH, now)
+            if is_full
+            else SequenceOutput(request.request_id, sequence.index)
+        )
+        output.token_ids = [result.token_id]
+        if is_first and output.usage is None:
+            output.usage = replace(sequence.usage, prefill_s=now - (sequence.first_step_s or now))
+        if sampling.logprobs is not None:
+            output.logprobs, output.tops = [result.logprob], [result.tops]
+        return output
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, now: float) -> SequenceOutput:
+        """End a sequence: free its blocks, close its receipt."""
+        sequence.finish_reason = reason
+        output = SequenceOutput(sequence.request.request_id, sequence.index, finish_reason=reason)
+        output.usage = self._close_usage(sequence, now)
+        if reason is FinishReason.STOP or reason is FinishReason.LENGTH:
+            output.scores, output.score_tops = sequence.scores, sequence.score_tops
+            if sequence.num_pooled:
+                output.embedding = [value / sequence.num_pooled for value in sequence.pooled]
+        if reason is not FinishReason.ERROR:
+            self.placement.keep_context(sequence)
+        self.placement.remove(sequence)
+        self.order.fairness.leave(sequence.request.app)
+        siblings = self._requests[sequence.request.request_id]
+        if all(sibling.is_finished for sibling in siblings):
+            del self._requests[sequence.request.request_id]
+        return output
+
+    def _close_usage(self, sequence: Sequence, now: float) -> Usage:
+        usage = sequence.usage
+        usage.num_output_tokens = sequence.num_generated
+        if sequence.first_step_s is None:
+            usage.queued_s = now - sequence.arrival_s
+        else:
+            first_token_s = now if sequence.first_token_s is None else sequence.first_token_s
+            usage.prefill_s = first_token_s - sequence.first_step_s
+            usage.decode_s = now - first_token_s
+        return usage
+
+    def _charge(self, chunk: Chunk, seconds: float) -> None:
+        request = chunk.sequence.request
+        chunk.sequence.usage.compute_s += seconds
+        self._app(request.app).compute_s += seconds
+        self.order.fairness.charge(request.app, seconds, request.weight)
+
+    def _app(self, app: str) -> AppStats:
+        if app not in self._apps:
+            self._apps[app] = AppStats(app)
+        return self._apps[app]

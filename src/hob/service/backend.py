@@ -1,0 +1,39 @@
+"""What the API needs from below: a place to submit requests to. The daemon passes in the real one (`handle.py`)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from hob.messages import ModelInfo, Stats
+from hob.request import Request
+from hob.service.outputs import Outputs
+
+
+class Backend(Protocol):
+    """The engine process as the API sees it. All on one event loop."""
+
+    @property
+    def model(self) -> ModelInfo:
+        """The loaded model. Raises EngineUnavailable while none is."""
+        ...
+
+    @property
+    def stats(self) -> Stats:
+        """The latest state of the engine process."""
+        ...
+
+    def submit(self, request: Request) -> Outputs:
+        """Outputs of the request's sequences, interleaved, until each has had one with a `finish_reason`.
+
+        Nothing is sent before the iteration begins. Closing the iterator early (aclose, or the task being cancelled)
+        cancels the request. It raises the HobError with which admission refused the request or the engine failed.
+        """
+        ...
+
+    def fork_context(self, app: str, parent_id: str, child_id: str) -> None:
+        """A context was copied: let the copy share what is on disk of it. Never waits, never fails."""
+        ...
+
+    def drop_context(self, app: str, context_id: str) -> None:
+        """A context was deleted: free what is on disk of it. Never waits, never fails."""
+        ...

@@ -1,0 +1,231 @@
+"""The engine process as the API process holds it: start it, talk to it, replace it when it dies.
+
+    starting --Ready--> serving --dies--> starting ...      a process that fails before Ready is not retried at once
+
+Requests in flight when it dies end with EngineUnavailable; requests that come while it starts wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import subprocess
+import sys
+
+import msgspec
+
+from hob.errors import EngineUnavailable, HobError, error_from_name
+from hob.messages import (
+    Cancel,
+    DropContext,
+    ForkContext,
+    FromEngine,
+    ModelInfo,
+    Ready,
+    Report,
+    Shutdown,
+    Stats,
+    Submit,
+    ToEngine,
+)
+from hob.request import Request
+from hob.service.connection import EngineConnection
+from hob.service.loop import EngineSpec
+from hob.service.outputs import Outputs
+
+log = logging.getLogger("hob.service")
+
+START_TIMEOUT_S = 120.0
+SHUTDOWN_TIMEOUT_S = 5.0
+RESTART_DELAYS_S = (0.0, 0.5, 2.0, 10.0)
+"""Pause before each restart in a row; a process that became ready starts the row anew."""
+
+
+class EngineHandle:
+    """Backend over an engine process. All methods on one event loop."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.num_restarts = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: EngineConnection | None = None
+        self._outputs: dict[str, Outputs] = {}
+        self._ready: Ready | None = None
+        self._last_ready: Ready | None = None
+        self._is_ready = asyncio.Event()
+        self._failure: HobError | None = None
+        self._reported: HobError | None = None
+        """What the present process said it failed with."""
+        self._stats = Stats()
+        self._supervisor: asyncio.Task[None] | None = None
+
+    @property
+    def model(self) -> ModelInfo:
+        """The loaded model; its context is no longer than the KV pool. Raises EngineUnavailable while none is.
+
+        It stays known while a dead process is replaced: requests that come then wait rather than fail.
+        """
+        if self._failure is not None or self._last_ready is None:
+            raise self._failure or EngineUnavailable("the engine is starting", retry_after_s=1.0)
+        pool_tokens = self._last_ready.num_blocks * self._last_ready.block_size
+        model = self._last_ready.model
+        return msgspec.structs.replace(model, context_length=min(model.context_length, pool_tokens))
+
+    @property
+    def stats(self) -> Stats:
+        """The latest report of the engine process."""
+        return self._stats
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine, None while there is none."""
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    async def start(self) -> None:
+        """Start the process and wait until the model is loaded. Raises the HobError it failed with."""
+        self._supervisor = asyncio.create_task(self._supervise())
+        await self._wait_ready()
+
+    async def stop(self) -> None:
+        """End the process: politely, then not."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        with contextlib.suppress(OSError, RuntimeError, EngineUnavailable):  # it may not have come so far
+            self._send(Shutdown())
+        try:
+            await asyncio.to_thread(process.wait, SHUTDOWN_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+        self._close()
+
+    def end_requests(self, error: HobError) -> None:
+        """End all requests in flight with an error."""
+        for outputs in self._outputs.values():
+            outputs.put(error)
+
+    def submit(self, request: Request) -> Outputs:
+        """See `backend.Backend.submit`."""
+        return Outputs(request, self._begin, self._end)
+
+    def fork_context(self, app: str, parent_id: str, child_id: str) -> None:
+        """See `backend.Backend`. An engine that is starting learns it from the histories."""
+        if self._ready is not None:
+            self._send(ForkContext(app, parent_id, child_id))
+
+    def drop_context(self, app: str, context_id: str) -> None:
+        """See `backend.Backend`. An engine that is starting learns it from the histories."""
+        if self._ready is not None:
+            self._send(DropContext(app, context_id))
+
+    # ---- requests ----
+
+    async def _begin(self, outputs: Outputs) -> None:
+        await self._wait_ready()
+        self._outputs[outputs.request.request_id] = outputs
+        self._send(Submit(outputs.request))
+
+    def _end(self, outputs: Outputs, is_complete: bool) -> None:
+        was_sent = self._outputs.pop(outputs.request.request_id, None) is not None
+        if was_sent and not is_complete and self._connection is not None:
+            self._send(Cancel(outputs.request.request_id))
+
+    # ---- the process ----
+
+    async def _wait_ready(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            await asyncio.wait_for(self._is_ready.wait(), START_TIMEOUT_S)
+        except TimeoutError:
+            raise EngineUnavailable(f"the engine was not ready after {START_TIMEOUT_S:.0f} s") from None
+        if self._failure is not None:
+            raise self._failure
+
+    async def _supervise(self) -> None:
+        """Keep one process alive. Ends only with a failure before Ready or with cancellation."""
+        num_failures = 0
+        while True:
+            await asyncio.sleep(RESTART_DELAYS_S[min(num_failures, len(RESTART_DELAYS_S) - 1)])
+            self._reported = None
+            await (await self._spawn()).closed()
+            was_ready, process = self._ready is not None, self._process
+            assert process is not None
+            self._close()
+            returncode = await asyncio.to_thread(process.wait)
+            error = self._reported or EngineUnavailable(
+                f"the engine process (pid {process.pid}) died: {_describe(returncode)}. A new one is starting.",
+                retry_after_s=1.0,
+            )
+            log.error("%s", error)
+            self.end_requests(error)
+            num_failures = 0 if was_ready else num_failures + 1
+            if not was_ready and num_failures == len(RESTART_DELAYS_S):
+                self._failure = error
+                self._is_ready.set()
+                return
+            if not was_ready and not isinstance(error, EngineUnavailable):
+                self._failure = error  # the process said itself that it cannot: trying again would not help
+                self._is_ready.set()
+                return
+            self.num_restarts += 1
+
+    async def _spawn(self) -> EngineConnection:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "hob.service.loop",
+                    str(theirs.fileno()),
+                    msgspec.json.encode(self.spec).decode(),
+                ],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C at a terminal is for the daemon; it ends the engine in order
+            )
+        connection = EngineConnection(self._deliver)
+        await asyncio.get_running_loop().create_unix_connection(lambda: connection, sock=ours)
+        self._connection = connection
+        return connection
+
+    def _deliver(self, message: FromEngine) -> None:
+        if isinstance(message, Report):
+            for output in message.outputs:
+                if outputs := self._outputs.get(output.request_id):
+                    outputs.put(output)
+            if message.stats is not None:
+                self._stats = message.stats
+        elif isinstance(message, Ready):
+            self._ready = self._last_ready = message
+            self._is_ready.set()
+            log.info("engine pid %s ready in %.2f s", self.pid, message.load_s)
+        else:
+            self._reported = error_from_name(message.name, message.message)
+
+    def _send(self, message: ToEngine) -> None:
+        if self._connection is None:
+            raise EngineUnavailable("the engine is restarting", retry_after_s=1.0)
+        self._connection.send(message)
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.transport.close()
+        self._connection, self._ready = None, None
+        self._is_ready.clear()
+
+
+def _describe(returncode: int) -> str:
+    if returncode >= 0:
+        return f"exit status {returncode}"
+    return f"signal {-returncode} ({signal.Signals(-returncode).name})"

@@ -1,0 +1,60 @@
+"""One step: plan -> batch -> forward -> sample -> results. The only place where scheduler and engine meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hob.engine.base import Engine
+from hob.engine.batching import build_batch, collect, draws_of
+from hob.errors import HobError, InternalError
+from hob.kvcache.swap import Swap
+from hob.request import OutputError, SequenceOutput
+from hob.scheduler.scheduler import ChunkResult, Plan, Scheduler
+
+
+def run_step(
+    engine: Engine, scheduler: Scheduler, clock: Callable[[], float], swap: Swap | None = None
+) -> list[SequenceOutput] | None:
+    """Schedule and compute one step. Returns what the clients are to be told; None if there was nothing to compute.
+
+    A step that raises ends its sequences with the error and leaves all others as they were.
+    """
+    if swap is not None:
+        pump(engine, scheduler, swap)
+    plan = scheduler.schedule(clock())
+    if swap is not None:
+        for load in scheduler.placement.take_loads():
+            swap.begin(load)
+    if plan is None:
+        return None
+    start = clock()
+    try:
+        results = compute(engine, plan)
+    except (HobError, RuntimeError, ValueError, MemoryError) as error:
+        name = type(error).__name__ if isinstance(error, HobError) else InternalError.__name__
+        return scheduler.fail(plan, OutputError(name, f"the step failed: {error}"), clock())
+    if results is None:
+        return []
+    now = clock()
+    return scheduler.postprocess(plan, results, now - start, now)
+
+
+def pump(engine: Engine, scheduler: Scheduler, swap: Swap) -> None:
+    """Move blocks between memory and disk, between two steps."""
+    finished = swap.pump(engine, scheduler.placement.prefixes.find, is_idle=not scheduler.has_work)
+    for load in finished:
+        scheduler.placement.loaded(load)
+
+
+def compute(engine: Engine, plan: Plan) -> list[ChunkResult] | None:
+    """Run a plan's rows. None: the step was abandoned and nothing it wrote counts."""
+    for copy in plan.copies:
+        engine.copy_block(copy.source, copy.destination, copy.num_tokens)
+    batch = build_batch(plan.chunks)
+    if not engine.forward(batch).is_done:
+        return None
+    draws = draws_of(plan.chunks)
+    sampled = engine.sample(draws) if draws else []
+    results = [ChunkResult() for _ in plan.chunks]
+    collect(engine, plan.chunks, batch, sampled, results)
+    return results

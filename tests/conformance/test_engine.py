@@ -1,0 +1,214 @@
+"""The engine contract, over every engine: ours per instruction set and thread count, and the fake.
+
+Same row, same bits: whatever else is in the batch, however it was chunked, on any number of threads. So the tests
+use `==`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tests.tiny import TinyShape, write_tiny_gguf
+
+from hob import native
+from hob.config import EngineConfig
+from hob.engine.base import Batch, Draw, Engine, Out
+from hob.engine.fake import FakeEngine
+from hob.engine.local import LocalEngine
+from hob.errors import HobError
+from hob.models.pack import ensure_packed
+from hob.request import SamplingParams
+
+NUM_BLOCKS = 64
+MAX_ROWS = 256
+MakeEngine = Callable[[], Engine]
+
+LOCAL = [
+    f"{isa}-{threads}-{quant}" for isa in native.available_isas() for threads in (1, 2) for quant in ("F32", "Q4_1")
+]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("tiny")
+    shape = TinyShape(tied_head=True)
+    return {q: ensure_packed(write_tiny_gguf(folder / f"{q}.gguf", quant=q, shape=shape)) for q in ("F32", "Q4_1")}
+
+
+@pytest.fixture(params=["fake", *LOCAL])
+def engine(request: pytest.FixtureRequest, packed: dict[str, Path]) -> Iterator[Engine]:
+    made: Engine
+    if request.param == "fake":
+        made = FakeEngine(vocab_size=259, max_rows=MAX_ROWS)
+    else:
+        isa, threads, quant = request.param.split("-")
+        made = LocalEngine("tiny", packed[quant], EngineConfig(isa=isa, threads=int(threads)), MAX_ROWS)
+    made.open_pool(NUM_BLOCKS)
+    yield made
+    made.close()
+
+
+def tokens(length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 259, length).tolist()
+
+
+def batch(*sequences: tuple[list[int], int, list[int]], out: Out = Out.LOGITS, num_tops: int = 0) -> Batch:
+    """Each sequence: its tokens, the index of the first, its block table. Every row owes `out`."""
+    index = np.concatenate([np.arange(start, start + len(ids), dtype=np.int32) for ids, start, _ in sequences])
+    token = np.array([token for ids, _, _ in sequences for token in ids], np.int32)
+    targets = [[*ids[1:], 0] for ids, _, _ in sequences]
+    return Batch(
+        token=token,
+        position=index,
+        index=index,
+        out=np.full(len(index), int(out), np.uint8),
+        target=np.array([t for ids in targets for t in ids], np.int32),
+        row_start=np.cumsum([0] + [len(ids) for ids, _, _ in sequences]).astype(np.int32),
+        table_start=np.cumsum([0] + [len(table) for _, _, table in sequences]).astype(np.int32),
+        blocks=np.array([block for _, _, table in sequences for block in table], np.int32),
+        adapter=np.zeros(len(sequences), np.int32),
+        num_tops=num_tops,
+    )
+
+
+def run(engine: Engine, work: Batch) -> NDArray[np.float32]:
+    assert engine.forward(work).is_done
+    return engine.logits()
+
+
+def solo(engine: Engine, ids: list[int], table: list[int]) -> NDArray[np.float32]:
+    return run(engine, batch((ids, 0, table)))
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 100])
+@pytest.mark.parametrize("chunk", [1, 7, 16, 33])
+def test_chunked_equals_whole(engine: Engine, length: int, chunk: int) -> None:
+    ids = tokens(length, 0)
+    whole = solo(engine, ids, list(range(7)))
+    table = list(range(20, 27))
+    parts = [run(engine, batch((ids[i : i + chunk], i, table))) for i in range(0, length, chunk)]
+    assert np.array_equal(whole, np.concatenate(parts))
+
+
+def test_batched_equals_solo(engine: Engine) -> None:
+    lengths = [1, 5, 16, 31, 40, 64]
+    prompts = [tokens(n, n) for n in lengths]
+    tables = [list(range(8 * i, 8 * i + 4)) for i in range(len(prompts))]
+    together = run(engine, batch(*((ids, 0, table) for ids, table in zip(prompts, tables, strict=True))))
+    alone = [solo(engine, ids, [60, 61, 62, 63]) for ids in prompts]
+    assert np.array_equal(together, np.concatenate(alone))
+
+
+def test_long_contexts_merge_at_fixed_places(engine: Engine) -> None:
+    ids = tokens(600, 1)
+    table = list(range(38))
+    for start in range(0, 600, 200):
+        last = run(engine, batch((ids[start : start + 200], start, table)))[-1]
+    for start in range(0, 512, 256):
+        run(engine, batch((ids[start : start + 256], start, table)))
+    for i in range(512, 600):
+        again = run(engine, batch((ids[i : i + 1], i, table)))[-1]
+    assert np.array_equal(last, again)
+
+
+def test_a_step_may_be_repeated(engine: Engine) -> None:
+    ids, table = tokens(30, 2), [5, 6]
+    first = solo(engine, ids, table)
+    assert np.array_equal(first, solo(engine, ids, table))
+    run(engine, batch((ids[10:20], 10, table)))
+    assert np.array_equal(first[-1], run(engine, batch((ids[29:], 29, table)))[0])
+
+
+def test_lost_blocks_in_the_middle_can_be_computed_again(engine: Engine) -> None:
+    ids, table = tokens(48, 3), [1, 2, 3]
+    whole = solo(engine, ids, table)
+    engine.write_block(2, engine.read_block(50))
+    run(engine, batch((ids[16:32], 16, table)))
+    assert np.array_equal(whole[-1], run(engine, batch((ids[47:], 47, table)))[0])
+
+
+def test_blocks_read_and_written_elsewhere_give_the_same(engine: Engine) -> None:
+    ids = tokens(33, 4)
+    whole = solo(engine, ids, [0, 1, 2])
+    for source, destination in ((0, 40), (1, 30)):
+        data = engine.read_block(source)
+        assert len(data) == engine.block_bytes
+        engine.write_block(destination, data)
+    assert np.array_equal(whole[-1], run(engine, batch((ids[32:], 32, [40, 30, 9])))[0])
+
+
+@pytest.mark.parametrize("num_shared", [1, 8, 15])
+def test_a_fork_copies_part_of_a_block(engine: Engine, num_shared: int) -> None:
+    ids, other = tokens(16 + num_shared, 5), tokens(10, 6)
+    solo(engine, ids, [0, 1])
+    engine.copy_block(1, 7, num_shared)
+    forked = run(engine, batch((other, 16 + num_shared, [0, 7, 8])))
+    assert np.array_equal(forked, solo(engine, ids + other, [10, 11, 12])[-10:])
+
+
+def test_sequences_share_blocks_in_one_step(engine: Engine) -> None:
+    prefix, tails = tokens(32, 7), [tokens(3, 8), tokens(9, 9)]
+    solo(engine, prefix, [0, 1])
+    together = run(engine, batch((tails[0], 32, [0, 1, 2]), (tails[1], 32, [0, 1, 3])))
+    alone = [solo(engine, prefix + tail, [10, 11, 12])[32:] for tail in tails]
+    assert np.array_equal(together, np.concatenate(alone))
+
+
+def test_scores_are_log_softmax_of_the_logits(engine: Engine) -> None:
+    if isinstance(engine, FakeEngine):
+        pytest.skip("the fake has no distribution")
+    ids = tokens(50, 10)
+    logits = solo(engine, ids, [0, 1, 2, 3]).astype(np.float64)
+    engine.forward(batch((ids, 0, [0, 1, 2, 3]), out=Out.SCORE, num_tops=5))
+    scores = engine.scores()
+    expected = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
+    )
+    np.testing.assert_allclose(scores.logprob[:-1], expected[np.arange(49), ids[1:]], rtol=1e-4, atol=1e-4)
+    assert np.array_equal(scores.top_ids, np.argsort(-logits, axis=1, kind="stable")[:, :5])
+    np.testing.assert_allclose(
+        scores.top_logprobs, np.take_along_axis(expected, scores.top_ids, 1), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_hidden_rows(engine: Engine) -> None:
+    ids = tokens(20, 11)
+    engine.forward(batch((ids, 0, [0, 1]), out=Out.HIDDEN))
+    hidden = engine.hidden()
+    assert hidden.shape == (20, engine.info.hidden_size)
+    engine.forward(batch((ids[:7], 0, [4]), out=Out.HIDDEN))
+    assert np.array_equal(hidden[:7], engine.hidden())
+
+
+def draw(engine: Engine, params: SamplingParams, position: int = 10, sample_index: int = 0) -> int:
+    return engine.sample([Draw(params, sample_index, position, tokens(10, 12), 3)])[0].token_id
+
+
+def test_sampling_is_a_function_of_seed_sample_and_position(engine: Engine) -> None:
+    run(engine, batch((tokens(10, 12)[-1:], 0, [0])))
+    params = SamplingParams(temperature=2.0, seed=7)
+    assert len({draw(engine, params) for _ in range(5)}) == 1
+    seeds = {draw(engine, SamplingParams(temperature=2.0, seed=seed)) for seed in range(40)}
+    assert len(seeds) > 5
+    if not isinstance(engine, FakeEngine):
+        assert len({draw(engine, params, position=p) for p in range(40)}) > 5
+    assert len({draw(engine, params, sample_index=i) for i in range(40)}) > 5
+
+
+def test_greedy_takes_the_most_likely(engine: Engine) -> None:
+    logits = run(engine, batch((tokens(10, 12), 0, [0])))
+    if not isinstance(engine, FakeEngine):
+        sampled = engine.sample([Draw(SamplingParams(temperature=0.0, logprobs=3), 0, i, [], 0) for i in range(10)])
+        assert [s.token_id for s in sampled] == logits.argmax(1).tolist()
+        assert [[t for t, _ in s.tops] for s in sampled] == np.argsort(-logits, 1, kind="stable")[:, :3].tolist()
+
+
+def test_wrong_batches_are_refused(engine: Engine) -> None:
+    with pytest.raises((ValueError, HobError), match="vocab"):
+        engine.forward(batch(([259], 0, [0])))

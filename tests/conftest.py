@@ -1,0 +1,32 @@
+"""What tests share: the default model, fetched once, and the measured data sets beside the repository."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hob.models.catalog import Catalog
+from hob.models.known import DEFAULT_MODEL
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def default_gguf() -> Path:
+    """The default model's file, under HOB_HOME or <repository>/.cache/hob. For tests marked `weights`.
+
+    Fetched the first time; a test that needs it fails if it cannot be had.
+    """
+    home = Path(os.environ.get("HOB_HOME") or REPOSITORY / ".cache" / "hob")
+    return Catalog(home / "models").pull(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets; its tests are skipped where it is not laid out beside the repository."""
+    folder = (REPOSITORY / ".." / "shared" / "data").resolve()
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there: the data sets are kept apart from the repository")
+    return folder

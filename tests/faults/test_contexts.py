@@ -1,0 +1,179 @@
+"""Contexts through every kind of end: kill -9 of either process, damaged files, a device key that changed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+
+from hob.client import Client
+from hob.errors import HobError, NotFound, StorageError
+from tests.daemons import Daemon, running, until
+
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 20}
+TEXTS = [f"turn {i} " + "x" * 150 for i in range(4)]
+
+
+def reply_of(turn: dict[str, Any]) -> str:
+    return str(turn["choices"][0]["message"]["content"])
+
+
+def undisturbed(client: Client) -> list[str]:
+    context = client.create_context()
+    replies = [reply_of(client.turn(context["id"], text, **GREEDY)) for text in TEXTS]
+    client.delete_context(context["id"])
+    return replies
+
+
+def stats_of(client: Client) -> dict[str, Any]:
+    stats: dict[str, Any] = client.stats()["stats"]
+    return stats
+
+
+def wait_written(client: Client) -> None:
+    """Until the engine process has nothing more to write."""
+    last = -1
+    while (now := stats_of(client)["num_blocks_written"]) != last:
+        last = now
+        client.complete("x", max_tokens=1)  # statistics come with reports
+        time.sleep(0.2)
+
+
+def kill_engine(daemon: Daemon, client: Client) -> None:
+    pid = daemon.engine_pid
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: _new_engine(daemon, client, pid), "a new engine")
+
+
+def _new_engine(daemon: Daemon, client: Client, old: int) -> bool:
+    with contextlib.suppress(HobError, AssertionError):
+        return daemon.engine_pid != old and client.health()["status"] == "ok"
+    return False
+
+
+@pytest.fixture(scope="module", name="expected")
+def expected_replies() -> list[str]:
+    with running() as daemon, daemon.client() as client:
+        return undisturbed(client)
+
+
+@pytest.mark.parametrize("what", ["engine", "daemon", "polite"])
+def test_a_context_goes_on_as_if_nothing_had_happened(expected: list[str], what: str) -> None:
+    with running() as daemon:
+        with daemon.client() as client:
+            context_id = client.create_context("kept")["id"]
+        for i, text in enumerate(TEXTS):
+            with daemon.client() as client:
+                turn = client.turn(context_id, text, **GREEDY)
+                assert reply_of(turn) == expected[i]
+                if what == "engine":
+                    kill_engine(daemon, client)
+                    continue
+                if i % 2:
+                    wait_written(client)
+            daemon.process.send_signal(signal.SIGKILL if what == "daemon" else signal.SIGTERM)
+            daemon.wait_end()
+            time.sleep(0.1)
+            daemon.restart()
+        with daemon.client() as client:
+            (found,) = client.contexts()
+            assert (found["id"], found["name"], found["num_turns"]) == (context_id, "kept", len(TEXTS))
+            assert stats_of(client)["num_alarms"] == 0
+
+
+def test_restored_blocks_are_used_not_computed() -> None:
+    with running() as daemon:
+        with daemon.client() as client:
+            context_id = client.create_context()["id"]
+            client.turn(context_id, "x" * 2000, **GREEDY)
+            wait_written(client)
+        daemon.process.kill()
+        daemon.wait_end()
+        with daemon.restart().client() as client:
+            turn = client.turn(context_id, "more", **GREEDY)
+            cached = turn["usage"]["prompt_tokens_details"]["cached_tokens"]
+            assert turn["usage"]["prompt_tokens"] - cached < 64
+            client.complete("x", max_tokens=1)
+            assert stats_of(client)["num_blocks_read"] >= 120
+
+
+def test_the_engine_killed_at_random_moments_while_it_writes(expected: list[str]) -> None:
+    with running() as daemon, daemon.client() as client:
+        for delay_ms in (0, 1, 3, 8):
+            context_id = client.create_context()["id"]
+            client.turn(context_id, TEXTS[0], **GREEDY)
+            client.turn(context_id, TEXTS[1], **GREEDY)
+            time.sleep(delay_ms / 1000)
+            kill_engine(daemon, client)
+            assert reply_of(client.turn(context_id, TEXTS[2], **GREEDY)) == expected[2]
+        client.complete("x", max_tokens=1)
+        assert stats_of(client)["num_alarms"] == 0, "a torn write is not named by any row"
+
+
+def test_a_turn_cut_off_by_the_engines_death_leaves_the_one_before() -> None:
+    with running(model="fake:5") as daemon, daemon.client() as client:
+        context_id = client.create_context()["id"]
+        client.turn(context_id, "Hello", **GREEDY)
+        before = client.context(context_id)
+        stream = client.turn(context_id, "long", stream=True, temperature=0, max_tokens=3000)
+        next(stream)
+        os.kill(daemon.engine_pid, signal.SIGKILL)
+        with pytest.raises(HobError):
+            list(stream)
+        assert client.context(context_id) == before
+        assert client.turn(context_id, "again", **GREEDY)["context"]["num_turns"] == 2
+
+
+def test_damaged_files_raise_the_alarm_and_change_no_reply(expected: list[str]) -> None:
+    with running() as daemon:
+        with daemon.client() as client:
+            context_id = client.create_context()["id"]
+            for text in TEXTS[:3]:
+                client.turn(context_id, text, **GREEDY)
+            wait_written(client)
+        daemon.process.kill()
+        daemon.wait_end()
+        time.sleep(0.1)
+        (slab,) = daemon.home.glob("contexts/kv-*/*.slab")
+        raw = bytearray(slab.read_bytes())
+        raw[4096 * 5 + 3] ^= 1
+        slab.write_bytes(raw)
+        with daemon.restart().client() as client:
+            assert reply_of(client.turn(context_id, TEXTS[3], **GREEDY)) == expected[3]
+            until(lambda: _alarms(client) == 1, "the alarm")
+
+
+def _alarms(client: Client) -> int:
+    client.complete("x", max_tokens=1)
+    return int(stats_of(client)["num_alarms"])
+
+
+def test_deleting_frees_the_bytes_on_disk() -> None:
+    with running() as daemon, daemon.client() as client:
+        context_id = client.create_context()["id"]
+        client.turn(context_id, "x" * 2000, **GREEDY)
+        wait_written(client)
+        (slab,) = daemon.home.glob("contexts/kv-*/*.slab")
+        assert slab.stat().st_blocks * 512 >= 120 * 4096
+        client.delete_context(context_id)
+        until(lambda: slab.stat().st_blocks == 0, "the bytes to be freed")
+        with pytest.raises(NotFound):
+            client.turn(context_id, "x", **GREEDY)
+
+
+def test_a_changed_device_key_is_an_error_that_says_so() -> None:
+    with running() as daemon:
+        with daemon.client() as client:
+            context_id = client.create_context()["id"]
+            client.turn(context_id, "Hello", **GREEDY)
+        daemon.process.kill()
+        daemon.wait_end()
+        (daemon.home / "keys" / "device.key").write_bytes(b"z" * 32)
+        with daemon.restart().client() as client:
+            with pytest.raises(StorageError, match="was not wrapped by this device key"):
+                client.turn(context_id, "Hello", **GREEDY)
+            assert client.chat("Hello", **GREEDY)["usage"]["completion_tokens"] == 20, "the rest of the service goes on"

@@ -1,0 +1,146 @@
+"""The engine process over its socket: streams, cancels, refusals, deaths. Real processes, the fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from hob.config import EngineConfig, SchedulerConfig
+from hob.errors import EngineUnavailable, HobError, InvalidRequest, ModelFileError
+from hob.request import FinishReason, Request, SamplingParams
+from hob.service.handle import EngineHandle
+from hob.service.loop import EngineSpec
+
+
+def spec(step_s: float = 0.0, **scheduler: int) -> EngineSpec:
+    return EngineSpec("fake", "", EngineConfig(), SchedulerConfig(**scheduler), kv_tokens=4096, fake_step_s=step_s)
+
+
+def with_engine(engine_spec: EngineSpec, body: Callable[[EngineHandle], Awaitable[None]]) -> None:
+    async def main() -> None:
+        handle = EngineHandle(engine_spec)
+        try:
+            await handle.start()
+            await asyncio.wait_for(body(handle), 30)
+        finally:
+            await handle.stop()
+        assert handle.pid is None
+
+    asyncio.run(main())
+
+
+def request(request_id: str, max_tokens: int = 5, prompt: int = 20, **fields: object) -> Request:
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    return Request(request_id, "app", list(range(prompt)), sampling=sampling, **fields)  # type: ignore[arg-type]
+
+
+async def tokens_of(handle: EngineHandle, asked: Request) -> list[int]:
+    tokens: list[int] = []
+    async for output in handle.submit(asked):
+        tokens += output.token_ids
+    return tokens
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, f"waited 10 s for {what}"
+        await asyncio.sleep(0.01)
+
+
+def test_requests_run_side_by_side() -> None:
+    async def body(handle: EngineHandle) -> None:
+        assert handle.model.context_length == 4096
+        one = await tokens_of(handle, request("one"))
+        many = await asyncio.gather(*(tokens_of(handle, request(f"r{i}")) for i in range(8)))
+        assert len(one) == 5
+        assert many == [one] * 8
+
+    with_engine(spec(), body)
+
+
+def test_the_last_output_carries_the_receipt() -> None:
+    async def body(handle: EngineHandle) -> None:
+        last = [output async for output in handle.submit(request("r"))][-1]
+        assert last.finish_reason is FinishReason.LENGTH
+        assert last.usage is not None
+        assert last.usage.num_output_tokens == 5
+
+    with_engine(spec(), body)
+
+
+def test_leaving_early_frees_the_blocks() -> None:
+    async def body(handle: EngineHandle) -> None:
+        stream = handle.submit(request("r", max_tokens=2000))
+        await anext(stream)
+        await until(lambda: handle.stats.num_running == 1, "the request to run")
+        await stream.aclose()
+        await until(lambda: handle.stats.num_running == 0, "the request to go")
+        assert handle.stats.num_free_blocks == handle.stats.num_blocks
+
+    with_engine(spec(step_s=0.002), body)
+
+
+def test_a_refusal_comes_back_as_its_exception() -> None:
+    async def body(handle: EngineHandle) -> None:
+        with pytest.raises(InvalidRequest, match="prompt has 20 tokens and max_tokens is 5,000"):
+            await tokens_of(handle, request("long", max_tokens=5000))
+        assert len(await tokens_of(handle, request("short"))) == 5
+
+    with_engine(spec(), body)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_dying_engine_ends_its_requests_and_is_replaced(signal_number: int) -> None:
+    async def body(handle: EngineHandle) -> None:
+        before = await tokens_of(handle, request("before"))
+        stream = handle.submit(request("during", max_tokens=4000))
+        await anext(stream)
+        pid = handle.pid
+        assert pid is not None
+        os.kill(pid, signal_number)
+        with pytest.raises(EngineUnavailable, match=f"pid {pid}.*signal {int(signal_number)}") as caught:
+            async for _ in stream:
+                pass
+        assert caught.value.retry_after_s
+        assert await tokens_of(handle, request("after")) == before
+        assert handle.pid != pid
+        assert handle.num_restarts == 1
+
+    with_engine(spec(step_s=0.002), body)
+
+
+def test_an_engine_that_cannot_start_says_why_and_is_not_retried() -> None:
+    async def main() -> HobError:
+        broken = spec()
+        broken.packed_path = "/nonexistent/model.hobpack"
+        handle = EngineHandle(broken)
+        try:
+            with pytest.raises(HobError) as caught:
+                await handle.start()
+            with pytest.raises(HobError):
+                await tokens_of(handle, request("r"))
+            return caught.value
+        finally:
+            await handle.stop()
+
+    error = asyncio.run(main())
+    assert isinstance(error, ModelFileError), error
+    assert "/nonexistent/model.hobpack" in error.message
+
+
+def test_the_engine_exits_when_the_api_process_vanishes() -> None:
+    async def body(handle: EngineHandle) -> None:
+        process = handle._process
+        assert process is not None
+        assert handle._connection is not None
+        handle._connection.transport.abort()  # what the kernel does to the sockets of a killed process
+        await until(lambda: process.poll() is not None, "the engine to exit")
+        assert process.returncode == 0
+
+    with_engine(spec(), body)
