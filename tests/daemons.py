@@ -52,14 +52,6 @@ def until(condition: Callable[[], object], what: str, timeout_s: float = 10.0) -
         time.sleep(0.01)
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @contextlib.contextmanager
 def short_folder() -> Iterator[Path]:
     """A temporary folder whose path leaves room for a socket's name (pytest's are long)."""

@@ -1,4 +1,6 @@
-"""What a daemon's processes take, from /proc. PSS counts a page shared by n processes as 1/n in each of them.
+"""A daemon's processes as /proc shows them: which there are, and what they take.
+
+PSS counts a page shared by n processes as 1/n in each of them.
 
 Two sources: `smaps_rollup` for the sum, the parent links in /proc/PID/stat for who belongs to whom.
 """
@@ -40,6 +42,14 @@ def pss_bytes(pid: int) -> int | None:
     except OSError:
         return None
     return None
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and has not ended. One that nobody has waited for yet (a zombie) has ended."""
+    try:
+        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _descendants(pid: int) -> list[int]:

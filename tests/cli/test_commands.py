@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from hob.cli.main import app
-from tests.daemons import Daemon, environment, hob, is_alive, running, short_folder, until
+from hob.memory import is_running
+from tests.daemons import Daemon, environment, hob, running, short_folder, until
 
 HEAVY = ("httpx", "numpy", "fastapi", "uvicorn", "tokenizers", "msgspec", "asyncio", "rich")
 
@@ -224,7 +225,7 @@ def test_a_daemon_in_the_background_outlives_its_starter() -> None:
             assert os.getsid(pid) == pid, "it leads a session of its own: closing the terminal does not end it"
         finally:
             hob(home, "stop")
-        until(lambda: not Path(f"/proc/{pid}").exists(), "the daemon to end")
+        until(lambda: not is_running(pid), "the daemon to end")
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
@@ -248,5 +249,5 @@ def breaks_off(number: int, tmp_path: Path) -> None:
         assert daemons
         process.send_signal(number)
         assert process.wait(30) == (130 if number == signal.SIGINT else 128 + number)
-    assert not any(is_alive(pid) for pid in daemons)
+    assert not any(is_running(pid) for pid in daemons)
     assert not list(tmp_path.glob("hob-demo-*"))

@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from hob.errors import DaemonUnreachable, EngineUnavailable
-from tests.daemons import Daemon, is_alive, running, until
+from hob.memory import is_running
+from tests.daemons import Daemon, running, until
 
 CHAT = {"model": "default", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
 
@@ -53,7 +54,7 @@ def test_a_daemon_killed_in_the_middle_takes_its_engine_along_and_can_be_restart
             with pytest.raises(DaemonUnreachable):
                 list(stream)
         daemon.wait_end()
-        until(lambda: not is_alive(engine), "the engine to exit by itself")
+        until(lambda: not is_running(engine), "the engine to exit by itself")
         with daemon.restart().client() as client:
             assert client.chat("hello", max_tokens=3)["usage"]["completion_tokens"] == 3
 

@@ -125,9 +125,10 @@ class Sessions:
         self.tally.num_alarms += self.prefixes.num_alarms + self.swap.store.num_alarms
         self.swap.close()
 
-    def run(self, num_rounds: int) -> Tally:
-        """Play."""
-        while self.tally.num_rounds < num_rounds:
+    def run(self, num_rounds: int, min_blocks_read: int = 0) -> Tally:
+        """Play, and go on until that many blocks came from disk: with threads, how many do depends on the machine."""
+        while self.tally.num_rounds < num_rounds or self._num_blocks_read < min_blocks_read:
+            assert self.tally.num_rounds < 20 * num_rounds, f"only {self._num_blocks_read} blocks came from disk"
             self._act()
             for _ in range(self.rng.randrange(1, 5)):
                 self.step()
@@ -135,6 +136,10 @@ class Sessions:
             self.step()
         self.shut(is_polite=True)
         return self.tally
+
+    @property
+    def _num_blocks_read(self) -> int:
+        return self.tally.num_blocks_read + self.swap.num_read
 
     def step(self) -> None:
         """One step of the loop."""

@@ -13,7 +13,7 @@ from tests.soak.sessions import PROMPTS, Sessions, oracle
 
 @pytest.mark.parametrize(("seed", "is_threaded"), [(1, False), (2, False), (3, True)])
 def test_every_reply_is_that_of_a_solo_run(tmp_path: Path, seed: int, is_threaded: bool) -> None:
-    tally = Sessions(tmp_path, seed, is_threaded).run(150)
+    tally = Sessions(tmp_path, seed, is_threaded).run(150, min_blocks_read=21)
     assert tally.num_wrong == 0, tally.wrong
     assert tally.num_alarms == 0
     assert min(tally.num_forks, tally.num_deleted, tally.num_cancelled) > 2, "the soak must do what it is for"

@@ -34,9 +34,11 @@ from hob.demo.programs import load
 from hob.demo.view import View
 from hob.demo.worker import Event, Worker
 from hob.errors import ServiceError, UserError
+from hob.memory import is_running
 
 KILL_AFTER_TOKENS = 8
 CHAT_TIMEOUT_S = 120.0
+ORPHAN_TIMEOUT_S = 10.0
 
 
 def run_demo(config: Config, console: Console) -> dict[str, Any]:
@@ -139,9 +141,8 @@ class Story:
             worker.join(CHAT_TIMEOUT_S)
         finally:
             worker.close()
-        left = [pid for pid in engines if Path(f"/proc/{pid}").exists()]
-        if left:
-            raise ServiceError(f"engine process {left[0]} outlived its daemon")
+        for pid in engines:
+            _wait_gone(pid)
         return {"first_token_s": back_at - killed_at, "num_lost": worker.figures.num_lost}
 
     def _run(self, name: str, houses: list[House]) -> Run:
@@ -165,6 +166,15 @@ class Story:
         for path in (self._chosen.gguf, self._chosen.packed):
             shutil.copy2(path, folder / path.name)
         return str(folder / self._chosen.gguf.name)
+
+
+def _wait_gone(pid: int) -> None:
+    """Wait for the engine process of a daemon that was killed: it sees its socket close and ends after its step."""
+    deadline = time.monotonic() + ORPHAN_TIMEOUT_S
+    while is_running(pid):
+        if time.monotonic() > deadline:
+            raise ServiceError(f"engine process {pid} outlived its daemon by {ORPHAN_TIMEOUT_S:.0f} s")
+        time.sleep(0.05)
 
 
 def _conversation(run: Run) -> list[dict[str, str]]:
