@@ -7,6 +7,7 @@ pss_mb               both processes, model resident, after 4 requests of 1,024 t
 decode_N             tokens per second over N sequences: in process, and streamed over the Unix socket
 socket_share_N       the second over the first, in turn in one run, median of rounds
 api_cpu_us_per_token CPU time of the API process per streamed token at 16 streams
+one_process_N        the same as decode_socket_N with the engine's loop in a thread of the daemon (--one-process)
 """
 
 from __future__ import annotations
@@ -66,12 +67,12 @@ def pss_mb(pid: int) -> float:
 class Daemon:
     """`hob serve` with a socket of its own."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, program: tuple[str, ...] = ("-m", "hob.cli.main", "serve")) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self.socket = f"{self._folder.name}/hob.sock"
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hob.cli.main", "serve", "--model", model, "--port", "0", "--socket", self.socket],
+            [sys.executable, *program, "--model", model, "--port", "0", "--socket", self.socket],
             stderr=subprocess.DEVNULL,
         )
         atexit.register(self._process.kill)  # whatever happens, it does not outlive us
@@ -122,8 +123,12 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     await daemon.first_token_s()
     await asyncio.gather(*(complete(daemon.socket, prompt(960, 49152, i), 64) for i in range(4)))
     pss = [pss_mb(pid) for pid in daemon.pids]
+    one = Daemon(args.model, (str(Path(__file__).parent / "one_process.py"),)) if args.one_process else None
+    if one is not None:
+        await one.first_token_s()
     worker = Worker("in process", [sys.executable, str(WORKERS / "run_ours.py"), args.gguf])
-    speeds: dict[str, list[float]] = {f"{where}_{n}": [] for n in (1, 16) for where in ("process", "socket")}
+    places = ("process", "socket", *(["one_process"] if one else []))
+    speeds: dict[str, list[float]] = {f"{where}_{n}": [] for n in (1, 16) for where in places}
     cpu_us = []
     for round_index in range(args.rounds):
         for n in (1, 16):
@@ -131,10 +136,14 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
             speeds[f"process_{n}"].append(worker.measure(figure))
             cpu_before = cpu_s(daemon.pids[0])
             speeds[f"socket_{n}"].append(await decode_speed(daemon.socket, n, round_index))
+            if one is not None:
+                speeds[f"one_process_{n}"].append(await decode_speed(one.socket, n, round_index))
             if n == 16:
                 cpu_us.append((cpu_s(daemon.pids[0]) - cpu_before) / (n * NUM_OUT) * 1e6)
     worker.close()
     daemon.close()
+    if one is not None:
+        one.close()
     medians = {key: statistics.median(values) for key, values in speeds.items()}
     return {
         "startup_s": round(statistics.median(starts), 2),
@@ -154,6 +163,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="name or path for `hob serve`")
     parser.add_argument("--gguf", required=True, help="the same model's GGUF file, for the engine in process")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--one-process", action="store_true", help="also with engine and API in one process")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     result = asyncio.run(run(args))
