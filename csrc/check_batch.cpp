@@ -31,6 +31,9 @@ void check_row(const Batch& b, const Network& net, int r, int table_length) {
 void check_batch(const Batch& b, const Workspace& w, const KvPool& pool) {
   if (b.num_rows < 1 || b.num_rows > w.max_rows) refuse("batch has ", b.num_rows, " rows, expected 1..", w.max_rows);
   if (b.num_tops < 0 || b.num_tops > kMaxTops) refuse("num_tops is ", b.num_tops, ", expected 0..", kMaxTops);
+  for (int i = 0; i < b.num_kept; ++i)
+    if (b.layers[i] <= (i > 0 ? b.layers[i - 1] : -1) || b.layers[i] > w.model.network.num_layers)
+      refuse("layers[", i, "] is ", b.layers[i], ", expected ascending numbers of 0..", w.model.network.num_layers);
   check_starts("row_start", b.row_start, b.num_sequences, b.num_rows, true);
   check_starts("table_start", b.table_start, b.num_sequences, b.num_blocks, false);
   for (int s = 0; s < b.num_sequences; ++s) {

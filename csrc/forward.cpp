@@ -40,6 +40,7 @@ class Step {
   bool run() {
     prepare();
     embed();
+    keep(0, 0, b_.num_rows);
     const bool is_done = b_.num_rows <= kFewRows ? run_few() : run_many();
     if (is_done) head();
     if (const int point = w_.bad_point.load(); point >= 0) throw std::runtime_error(describe(point));
@@ -57,6 +58,8 @@ class Step {
     w_.logits_rows.clear();
     w_.score_rows.clear();
     w_.hidden_rows.clear();
+    w_.kept_layers.assign(b_.layers, b_.layers + b_.num_kept);
+    if (w_.kept_layers.empty()) w_.kept_layers.push_back(net_.num_layers);
     for (int s = 0; s < b_.num_sequences; ++s)
       for (int r = b_.row_start[s]; r < b_.row_start[s + 1]; ++r) w_.sequence_of[r] = s;
     for (int r = 0; r < b_.num_rows; ++r) switch (static_cast<Out>(b_.out[r])) {
@@ -192,6 +195,19 @@ class Step {
       if (w_.num_partials[at] == 0) continue;
       k_.merge_partials(partial(w_.first_partial[at]), w_.num_partials[at], net_.head_dim, row + h * net_.head_dim);
     }
+  }
+
+  // The residual stream of HIDDEN rows first .. end after `layer` layers, if it is wanted. The last layer's: head().
+  void keep(int layer, int first, int end) {
+    const auto found = std::find(w_.kept_layers.begin(), w_.kept_layers.end(), layer);
+    if (found == w_.kept_layers.end() || layer == net_.num_layers) return;
+    const auto rows = w_.hidden_rows.begin();
+    for (auto r = std::lower_bound(rows, w_.hidden_rows.end(), first); r != w_.hidden_rows.end() && *r < end; ++r)
+      std::copy_n(row_x(*r), net_.hidden_size, kept(r - rows, found - w_.kept_layers.begin()));
+  }
+
+  float* kept(ptrdiff_t i, ptrdiff_t j) {
+    return w_.hidden + (i * static_cast<ptrdiff_t>(w_.kept_layers.size()) + j) * net_.hidden_size;
   }
 
   float* row_x(int r) { return w_.x + static_cast<ptrdiff_t>(r) * m_.hidden_padded(); }
@@ -353,6 +369,7 @@ class Step {
       });
       timed(kDown, l.down.num_panels,
             [&](int p, int) { project(l.down, w_.ffn, n, p, p + 1, w_.x, m_.hidden_padded(), true); });
+      keep(layer + 1, 0, n);
     }
     return true;
   }
@@ -385,6 +402,7 @@ class Step {
         const int first = first_row(block), count = first_row(block + 1) - first;
         const bool is_last = layer == net_.num_layers;
         if (layer > 0 && (!is_last || is_any_needed(first, first + count))) finish_rows(layer - 1, first, count, scratch(thread));
+        if (layer > 0) keep(layer, first, first + count);
         if (!is_last) qkv_rows(layer, first, count, scratch(thread));
       });
       if (layer < net_.num_layers) attention(layer);
@@ -403,10 +421,10 @@ class Step {
       score_block(i);
     }
     const int point = 2 * net_.num_layers;
-    for (size_t i = 0; i < w_.hidden_rows.size(); ++i) {
+    const bool is_last_kept = w_.kept_layers.back() == net_.num_layers;
+    for (size_t i = 0; i < w_.hidden_rows.size() && is_last_kept; ++i) {
       normalise(row_x(w_.hidden_rows[i]), m_.output_norm, point, 0, false, false, scratch(0), w_.head);
-      std::memcpy(w_.hidden + i * static_cast<size_t>(net_.hidden_size), scratch(0).row,
-                  static_cast<size_t>(net_.hidden_size) * sizeof(float));
+      std::copy_n(scratch(0).row, net_.hidden_size, kept(static_cast<ptrdiff_t>(i), std::ssize(w_.kept_layers) - 1));
     }
     w_.phase_ns[kHead] = now_ns() - start;
   }

@@ -22,6 +22,8 @@ struct Batch {
   const int32_t* blocks;       // (num_blocks)
   const int32_t* adapter;      // (S)
   int num_tops;
+  const int32_t* layers;       // (num_kept) after which layers HIDDEN rows are kept, ascending; num_layers: the final norm
+  int num_kept;
 };
 
 // False: stopped between two layers. Throws std::invalid_argument for a batch that does not fit (before anything is

@@ -38,7 +38,7 @@ Workspace::Workspace(const Model& model_, int max_rows_) : model(model_), max_ro
   add_acts(&ffn, net.ffn_size, kMaxBlockRows);
   add_acts(&head, net.hidden_size, kMaxBlockRows);
   arena_.add(&score_logits, kMaxBlockRows * vocab);
-  arena_.add(&hidden, rows * static_cast<size_t>(net.hidden_size));
+  arena_.add(&hidden, rows * static_cast<size_t>(net.num_layers + 1) * static_cast<size_t>(net.hidden_size));
   arena_.add(&score_logprob, rows);
   arena_.add(&top_ids, rows * kMaxTops);
   arena_.add(&top_logprobs, rows * kMaxTops);
@@ -68,6 +68,7 @@ Workspace::Workspace(const Model& model_, int max_rows_) : model(model_), max_ro
   logits_rows.reserve(rows);
   score_rows.reserve(rows);
   hidden_rows.reserve(rows);
+  kept_layers.reserve(static_cast<size_t>(net.num_layers) + 1);
 }
 
 }  // namespace hob

@@ -74,7 +74,7 @@ class Workspace {
   Acts head;                // k = H
   float* logits;            // (R, Vp)
   float* score_logits;      // (kMaxBlockRows, Vp)
-  float* hidden;            // (R, H)
+  float* hidden;            // (R, num_kept, H) with up to layers + 1 kept
   float* score_logprob;     // (R)
   int32_t* top_ids;         // (R, kMaxTops)
   float* top_logprobs;      // (R, kMaxTops)
@@ -82,7 +82,7 @@ class Workspace {
 
   // Of the last step, reserved in full at the start.
   std::vector<AttentionPiece> pieces, last_pieces;
-  std::vector<int32_t> logits_rows, score_rows, hidden_rows;
+  std::vector<int32_t> logits_rows, score_rows, hidden_rows, kept_layers;
   int num_tops = 0;
   int64_t phase_ns[kNumPhases] = {};
   uint64_t job = 0;

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / "src" / "hob"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "request": set(),
+    "pooling": {"request"},
     "rundir": {"errors"},
     "memory": set(),
     "config": {"errors"},
@@ -21,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "experts": {"request", "errors", "config", "native"},
     "models": {"errors", "config", "native"},
     "engine": {"models", "kvcache", "experts", "native", "messages", "request", "errors", "config"},
-    "scheduler": {"kvcache", "messages", "request", "errors", "config"},
+    "scheduler": {"kvcache", "messages", "pooling", "request", "errors", "config"},
     "service": {"scheduler", "engine", "models", "kvcache", "messages", "request", "errors", "config"},
     "client": {"request", "errors", "config", "unix_transport"},
     "unix_transport": {"errors", "service"},

@@ -11,15 +11,19 @@ Three kinds of answers come from one shape:
     generate   tokens are sampled after the prompt (`num_samples` of them side by side)
     score      log-probabilities of given tokens: of the prompt itself (`prompt_logprobs`) and of each of
                `continuations` after the prompt, which is computed once and shared
-    embed      the pooled hidden state of the prompt
+    embed      hidden states of the prompt after some layers, each pooled over some of its tokens
 """
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    from hob.pooling import Pooled
 
 
 class ServiceClass(enum.IntEnum):
@@ -82,6 +86,22 @@ class SamplingParams:
 
 
 @dataclass(slots=True)
+class Pool:
+    """How the states of a span of the prompt's tokens become one."""
+
+    how: str = "mean"
+    """'mean', 'max' of each value, or the 'last' token's."""
+    start: int = 0
+    end: int | None = None
+    """One past the last token. None: the prompt's end."""
+
+    def rows(self, num_tokens: int) -> tuple[int, int]:
+        """First row that counts, and one past the last."""
+        end = num_tokens if self.end is None else self.end
+        return (end - 1 if self.how == "last" else self.start), end
+
+
+@dataclass(slots=True)
 class Request:
     """What one client asked for. Text is ids already; limits were checked at the edge and are checked again."""
 
@@ -100,8 +120,11 @@ class Request:
     """Score: token ids that follow the prompt, each on its own."""
     prompt_logprobs: int | None = None
     """None: none. k: log-probability of each prompt token after the first, and the k most likely in its place."""
-    pooling: str = "mean"
-    """Embed: 'mean' over all tokens or the 'last' token's state."""
+    pools: list[Pool] = field(default_factory=lambda: [Pool()])
+    """Embed: one vector for each of these and each layer."""
+    layers: list[int] = field(default_factory=list)
+    """Embed: after which layers; 0 is the embedding, the model's number of layers the final norm. Ascending. Empty: the
+    last alone. States before the last are scaled to a root mean square of 1, so that no token outweighs the others."""
     service_class: ServiceClass = ServiceClass.STANDARD
     weight: float = 1.0
     """The app's share of compute time among its class."""
@@ -164,8 +187,8 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     """Score: at the end, log p of each scored token. Prompt: len(prompt) - 1 values; continuation: its length."""
     score_tops: list[list[Top]] = []
     """Score: for each of `scores`, the most likely tokens in its place, if asked for."""
-    embedding: list[float] = []
-    """Embed: (hidden_size,) pooled state, not normalised."""
+    embedding: bytes = b""
+    """Embed: (pools, layers, hidden_size) float32, not normalised. A head may want thousands of values."""
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: OutputError | None = None
@@ -197,10 +220,8 @@ class Sequence:
     """Prefix-cache keys of its full blocks, as far as they were needed."""
     scores: list[float] = field(default_factory=list)
     score_tops: list[list[Top]] = field(default_factory=list)
-    pooled: list[float] = field(default_factory=list)
-    """Embed: sum of the hidden states so far."""
-    num_pooled: int = 0
-    """Embed: how many tokens `pooled` covers."""
+    pooled: Pooled | None = None
+    """Embed: what is gathered of the hidden states so far."""
     finish_reason: FinishReason | None = None
     usage: Usage = field(default_factory=Usage)
     first_step_s: float | None = None
@@ -229,8 +250,9 @@ class Sequence:
     @property
     def first_wanted_row(self) -> int:
         """First row whose output is wanted still. Rows before it may come from a cache: only their KV counts."""
-        if self.request.kind is Kind.EMBED and self.request.pooling == "mean":
-            return self.num_pooled
+        if self.request.kind is Kind.EMBED:
+            first = min(pool.rows(self.num_tokens)[0] for pool in self.request.pools)
+            return max(first, self.pooled.next_row if self.pooled else 0)
         if self.score_from is not None and self.score_from + len(self.scores) < self.num_scorable_tokens:
             return self.score_from + len(self.scores) - 1
         return self.num_tokens - 1

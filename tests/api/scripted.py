@@ -6,6 +6,7 @@ Token ids 0 to 255 are bytes, 256 ends a reply, 257 and up are the words in WORD
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -163,7 +164,7 @@ class ScriptedBackend:
         usage = Usage(len(request.token_ids), self.num_cached)
         end = {"finish_reason": FinishReason.STOP, "usage": usage}
         if request.kind is Kind.EMBED:
-            return [SequenceOutput(request.request_id, embedding=list(HIDDEN), **end)]
+            return [SequenceOutput(request.request_id, embedding=array("f", HIDDEN).tobytes(), **end)]
         scored = request.continuations or [request.token_ids[1:]]
         outputs = []
         for index, token_ids in enumerate(scored):

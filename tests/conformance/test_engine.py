@@ -181,9 +181,39 @@ def test_hidden_rows(engine: Engine) -> None:
     ids = tokens(20, 11)
     engine.forward(batch((ids, 0, [0, 1]), out=Out.HIDDEN))
     hidden = engine.hidden()
-    assert hidden.shape == (20, engine.info.hidden_size)
+    assert hidden.shape == (20, 1, engine.info.hidden_size)
     engine.forward(batch((ids[:7], 0, [4]), out=Out.HIDDEN))
     assert np.array_equal(hidden[:7], engine.hidden())
+
+
+def layers_of(engine: Engine, ids: list[int], layers: list[int], *company: list[int]) -> NDArray[np.float32]:
+    """States of a sequence after `layers`, alone or in company."""
+    others = [(other, 0, [40 + 4 * i + k for k in range(4)]) for i, other in enumerate(company)]
+    work = batch((ids, 0, [0, 1, 2, 3]), *others, out=Out.HIDDEN)
+    work.layers = np.array(layers, np.int32)
+    assert engine.forward(work).is_done
+    return engine.hidden()[: len(ids)]
+
+
+@pytest.mark.parametrize("length", [3, 50])
+def test_states_of_several_layers_come_from_one_pass(engine: Engine, length: int) -> None:
+    ids, last = tokens(length, 13), engine.info.num_layers
+    every = layers_of(engine, ids, list(range(last + 1)))
+    assert every.shape == (length, last + 1, engine.info.hidden_size)
+    for layer in range(last + 1):
+        assert np.array_equal(every[:, [layer]], layers_of(engine, ids, [layer]))
+        assert layer == 0 or not np.array_equal(every[:, layer - 1], every[:, layer])
+    assert np.array_equal(every, layers_of(engine, ids, list(range(last + 1)), tokens(40, 14), tokens(2, 15)))
+    assert np.array_equal(every[:, [last]], layers_of(engine, ids, []))
+    assert np.array_equal(every[:1], layers_of(engine, ids[:1], list(range(last + 1))))
+
+
+def test_layers_that_are_not_there_are_refused(engine: Engine) -> None:
+    if isinstance(engine, FakeEngine):
+        pytest.skip("the fake trusts its batch")
+    for layers in ([engine.info.num_layers + 1], [1, 0], [1, 1], [-1]):
+        with pytest.raises(ValueError, match="layers"):
+            layers_of(engine, tokens(3, 16), layers)
 
 
 def draw(engine: Engine, params: SamplingParams, position: int = 10, sample_index: int = 0) -> int:

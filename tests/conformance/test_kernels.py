@@ -301,9 +301,14 @@ def test_a_model_agrees_with_the_reference(files: dict[str, Packed], isa: str, n
         assert float(np.quantile(error, 0.25)) < 1e-3
         assert float(error.max()) < (1e-3 if agree is close else 0.5)
     assert (top_ids[:, 0] == want.top_ids[:, 0]).mean() > 0.95
-    hidden = make_batch((tokens(30, 6), 0, [30, 31]), out=Out.HIDDEN)
-    assert core.step(hidden)
-    agree(native.hidden(core.workspace), expected.forward(pool, hidden).hidden)
+    for length in (30, 40):  # few rows and many
+        hidden = make_batch((tokens(length, 6), 0, [30, 31, 32]), out=Out.HIDDEN)
+        hidden.layers = np.arange(files[name].network.num_layers + 1, dtype=np.int32)
+        assert core.step(hidden)
+        want_hidden = expected.forward(pool, hidden).hidden
+        got = native.hidden(core.workspace).reshape(want_hidden.shape)
+        for layer in hidden.layers:
+            agree(got[:, layer], want_hidden[:, layer])
 
 
 @pytest.mark.parametrize("name", ["Q4_1", "Q8_0", "odd"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from hob.config import SchedulerConfig
 from hob.engine.fake import CostModel, FakeClock, FakeEngine
 from hob.errors import ContextLengthExceeded, InvalidRequest, Overloaded
-from hob.request import FinishReason, Kind, Request, SamplingParams, SequenceOutput, ServiceClass
+from hob.request import FinishReason, Kind, Pool, Request, SamplingParams, SequenceOutput, ServiceClass
 from hob.scheduler.scheduler import Scheduler
 from hob.service.step import run_step
 
@@ -148,18 +149,54 @@ def test_echo_and_generate() -> None:
     assert world.tokens["solo", 0] == solo(prompt(33, 4), 5).tokens["solo", 0]
 
 
-def test_embedding_is_the_mean_over_all_tokens() -> None:
-    chunked = World(max_step_tokens=16)
-    chunked.add("e", prompt(50, 5), kind=Kind.EMBED)
+POOLS = [Pool(), Pool("max", 10, 40), Pool("last", 3, 18), Pool("mean", 17, 18)]
+
+
+@pytest.mark.parametrize("config", [{"max_step_tokens": 16}, {"max_step_tokens": 7, "num_blocks": 8}])
+def test_pooled_states_have_the_same_bits_in_chunks_and_after_preemption(config: dict[str, int]) -> None:
+    chunked = World(**config)  # type: ignore[arg-type]
+    for i in range(3):
+        chunked.add(f"e{i}", prompt(50, i), kind=Kind.EMBED, pools=POOLS, layers=[0, 1], service_class=ServiceClass(i))
+        chunked.add(f"g{i}", prompt(20, i), 40)
+        chunked.step()
     chunked.run()
-    assert chunked.last["e", 0].embedding == pytest.approx(
-        solo(prompt(50, 5), kind=Kind.EMBED).last["solo", 0].embedding
-    )
+    for i in range(3):
+        alone = solo(prompt(50, i), kind=Kind.EMBED, pools=POOLS, layers=[0, 1])
+        assert chunked.last[f"e{i}", 0].embedding == alone.last["solo", 0].embedding
+
+
+def test_what_the_pools_are() -> None:
+    def states(how: str, start: int, end: int) -> np.ndarray:
+        found = solo(prompt(50, 5), kind=Kind.EMBED, pools=[Pool(how, start, end)], layers=[0, 1])
+        return np.frombuffer(found.last["solo", 0].embedding, np.float32).reshape(2, 8)
+
+    rows = np.stack([states("last", i, i + 1) for i in range(50)])
+    assert np.allclose(states("mean", 10, 40), rows[10:40].mean(axis=0), rtol=1e-6)
+    assert np.array_equal(states("max", 10, 40), rows[10:40].max(axis=0))
+    assert np.array_equal(states("last", 10, 40), rows[39])
+    assert np.allclose((rows[:, 0] ** 2).mean(axis=1), 1.0, atol=1e-3), "states below the last are scaled"
+
+
+def test_the_last_token_alone_lets_the_prefix_come_from_the_cache() -> None:
+    world = World()
+    for name in ("cold", "warm"):
+        world.add(name, prompt(64, 6), kind=Kind.EMBED, pools=[Pool("last")])
+        world.run()
+    usage = world.last["warm", 0].usage
+    assert usage is not None
+    assert usage.num_cached_tokens == 48
+    assert world.last["warm", 0].embedding == world.last["cold", 0].embedding
+
+
+@pytest.mark.parametrize("pool", [Pool("sum"), Pool("mean", 5, 5), Pool("mean", 0, 51), Pool("last", 0, 0)])
+def test_pools_outside_the_prompt_are_refused(pool: Pool) -> None:
+    with pytest.raises(InvalidRequest, match="pool"):
+        World().add("e", prompt(50, 5), kind=Kind.EMBED, pools=[pool])
 
 
 def test_one_token_prompts() -> None:
     assert solo([7], kind=Kind.SCORE, prompt_logprobs=0).last["solo", 0].scores == []
-    assert len(solo([7], kind=Kind.EMBED).last["solo", 0].embedding) == 8
+    assert len(solo([7], kind=Kind.EMBED).last["solo", 0].embedding) == 8 * 4
     assert len(solo([7], 3).tokens["solo", 0]) == 3
 
 

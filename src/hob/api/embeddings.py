@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import struct
+from array import array
 
 from starlette.responses import Response
 
@@ -17,7 +18,7 @@ from hob.api.replies import json_reply
 from hob.api.schema import EmbeddingRequest
 from hob.api.together import all_of, aside
 from hob.errors import InvalidRequest
-from hob.request import Kind, Request
+from hob.request import Kind, Pool, Request
 
 
 async def embeddings(call: Call, raw: bytes) -> Response:
@@ -34,7 +35,7 @@ async def embeddings(call: Call, raw: bytes) -> Response:
     requests = []
     for token_ids in inputs:
         fit_context(len(token_ids), 0, model.context_length, prompt_param="input", least=0)
-        requests.append(call.request(token_ids, Kind.EMBED, body.service_class, pooling=body.pooling or "mean"))
+        requests.append(call.request(token_ids, Kind.EMBED, body.service_class, pools=[Pool(body.pooling or "mean")]))
     vectors = await call.while_connected(all_of([_embed(call, request) for request in requests]))
     as_base64 = body.encoding_format == "base64"
     data = [
@@ -48,8 +49,9 @@ async def embeddings(call: Call, raw: bytes) -> Response:
 
 async def _embed(call: Call, request: Request) -> list[float]:
     (result,) = await score.run(call, request)
-    norm = math.sqrt(sum(value * value for value in result.embedding))
-    return [value / norm for value in result.embedding] if norm else result.embedding
+    values = array("f", result.embedding).tolist()
+    norm = math.sqrt(sum(value * value for value in values))
+    return [value / norm for value in values] if norm else values
 
 
 def _base64(vector: list[float]) -> str:

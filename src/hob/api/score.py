@@ -16,7 +16,8 @@ class Scored:
 
     logprobs: list[float] = field(default_factory=list)
     tops: list[list[Top]] = field(default_factory=list)
-    embedding: list[float] = field(default_factory=list)
+    embedding: bytes = b""
+    """(pools, layers, hidden_size) float32."""
 
 
 async def run(call: Call, request: Request) -> list[Scored]:

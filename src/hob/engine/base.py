@@ -34,7 +34,7 @@ class Out(enum.IntEnum):
     SCORE = 2
     """log p of `target` after this row, and the `num_tops` most likely tokens."""
     HIDDEN = 3
-    """The state after the final norm, (hidden_size,)."""
+    """The states after the batch's `layers`, (layers, hidden_size)."""
 
 
 @dataclass(slots=True)
@@ -66,6 +66,9 @@ class Batch:
     """(S,) adapter id of each sequence; 0 is none."""
     num_tops: int = 0
     """Most likely tokens wanted beside each SCORE row."""
+    layers: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    """(L,) after which layers the states of HIDDEN rows are kept, ascending: 0 is the embedding, `num_layers` the final
+    norm, the others the residual stream as it is. Empty: the last alone."""
 
     @property
     def num_rows(self) -> int:
@@ -158,7 +161,7 @@ class Engine(Protocol):
         ...
 
     def hidden(self) -> NDArray[np.float32]:
-        """(n, hidden_size): HIDDEN rows of the last step."""
+        """(n, L, hidden_size): HIDDEN rows of the last step."""
         ...
 
     def copy_block(self, source: int, destination: int, num_tokens: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Many
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hob.engine.base import Batch, Draw, Engine, Out, Sampled
 from hob.request import Kind, Sequence, Top
@@ -25,8 +26,8 @@ class ChunkLike(Protocol):
     def end(self) -> int: ...
 
 
-def build_batch(chunks: Many[ChunkLike]) -> Batch:
-    """Lay out the rows of a step. Takes about 1 us a row."""
+def build_batch(chunks: Many[ChunkLike], num_layers: int) -> Batch:
+    """Lay out the rows of a step of a model of `num_layers`. Takes about 1 us a row."""
     token: list[int] = []
     index: list[int] = []
     row_start, table_start, blocks = [0], [0], list[int]()
@@ -57,6 +58,7 @@ def build_batch(chunks: Many[ChunkLike]) -> Batch:
         blocks=np.array(blocks, np.int32),
         adapter=np.zeros(len(chunks), np.int32),
         num_tops=num_tops,
+        layers=np.array(sorted({layer for chunk in chunks for layer in _layers(chunk, num_layers)}), np.int32),
     )
 
 
@@ -66,7 +68,8 @@ def _outputs(chunk: ChunkLike) -> tuple[list[int], list[int]]:
     kinds, targets = [int(Out.NONE)] * num_rows, [0] * num_rows
     first = max(sequence.first_wanted_row - chunk.start, 0)
     if sequence.request.kind is Kind.EMBED:
-        kinds[first:] = [int(Out.HIDDEN)] * (num_rows - first) if first < num_rows else []
+        end = max(pool.rows(sequence.num_tokens)[1] for pool in sequence.request.pools) - chunk.start
+        kinds[first:end] = [int(Out.HIDDEN)] * len(kinds[first:end])
         return kinds, targets
     if sequence.score_from is not None:
         for row in range(max(first, sequence.score_from - 1 - chunk.start), num_rows):
@@ -76,6 +79,12 @@ def _outputs(chunk: ChunkLike) -> tuple[list[int], list[int]]:
     if wants_token(chunk):
         kinds[-1] = int(Out.LOGITS)
     return kinds, targets
+
+
+def _layers(chunk: ChunkLike, num_layers: int) -> list[int]:
+    """The layers whose states a chunk wants."""
+    request = chunk.sequence.request
+    return (request.layers or [num_layers]) if request.kind is Kind.EMBED else []
 
 
 def wants_token(chunk: ChunkLike) -> bool:
@@ -106,8 +115,8 @@ class ChunkValues(Protocol):
     tops: list[Top]
     scores: list[float]
     score_tops: list[list[Top]]
-    hidden_sum: list[float] | None
-    num_hidden: int
+    states: NDArray[np.float32] | None
+    first_state: int
 
 
 def collect(
@@ -117,7 +126,7 @@ def collect(
     has_scores = bool((batch.out == Out.SCORE).any())
     has_hidden = bool((batch.out == Out.HIDDEN).any())
     scores = engine.scores() if has_scores else None
-    hidden = engine.hidden() if has_hidden else None
+    hidden = _scaled(engine, batch) if has_hidden else None
     drawn = iter(sampled)
     score_at = hidden_at = 0
     for i, (chunk, result) in enumerate(zip(chunks, results, strict=True)):
@@ -133,6 +142,15 @@ def collect(
                 ids, logprobs = scores.top_ids[span, :k].tolist(), scores.top_logprobs[span, :k].tolist()
                 result.score_tops = [list(zip(a, b, strict=True)) for a, b in zip(ids, logprobs, strict=True)]
         if hidden is not None and (count := int((rows == Out.HIDDEN).sum())):
-            result.hidden_sum = hidden[hidden_at : hidden_at + count].sum(axis=0).tolist()
-            result.num_hidden = count
+            columns = np.searchsorted(batch.layers, _layers(chunk, engine.info.num_layers))
+            result.states = hidden[hidden_at : hidden_at + count, columns]
+            result.first_state = chunk.start + int(np.argmax(rows == Out.HIDDEN))
             hidden_at += count
+
+
+def _scaled(engine: Engine, batch: Batch) -> NDArray[np.float32]:
+    """The step's HIDDEN rows, (n, L, hidden_size), all but the final state scaled to a root mean square of 1."""
+    hidden = engine.hidden()
+    raw = hidden[:, : np.searchsorted(batch.layers, engine.info.num_layers)]
+    raw /= np.sqrt(np.mean(raw * raw, axis=2, keepdims=True) + 1e-6)
+    return hidden

@@ -104,6 +104,7 @@ class FakeEngine:
         self._logits: list[int] = []
         self._scores: list[tuple[int, int]] = []
         self._hidden: list[int] = []
+        self._layers: list[int] = []
         self._num_tops = 0
         self._stop = threading.Event()
 
@@ -119,6 +120,7 @@ class FakeEngine:
         if batch.num_rows > self.max_rows:
             raise InternalError(f"batch has {batch.num_rows} rows, the workspace {self.max_rows}")
         self._logits, self._scores, self._hidden, self._num_tops = [], [], [], batch.num_tops
+        self._layers = batch.layers.tolist() or [self.info.num_layers]
         for s in range(len(batch.row_start) - 1):
             table = batch.blocks[batch.table_start[s] : batch.table_start[s + 1]].tolist()
             for r in range(int(batch.row_start[s]), int(batch.row_start[s + 1])):
@@ -184,9 +186,11 @@ class FakeEngine:
         return Scores(logprob, ids.reshape(shape), np.broadcast_to(-0.5 - np.arange(k, dtype=np.float32), shape))
 
     def hidden(self) -> NDArray[np.float32]:
-        """Digests as small numbers."""
-        columns = range(self.info.hidden_size)
-        return np.array([[(d >> (8 * (c % 8))) & 0xFF for c in columns] for d in self._hidden], np.float32)
+        """Digests as small numbers, other ones after each layer."""
+        columns, last = range(self.info.hidden_size), self.info.num_layers
+        digests = [[d if layer == last else _mix(d, layer) for layer in self._layers] for d in self._hidden]
+        values = [[[(d >> (8 * (c % 8))) & 0xFF for c in columns] for d in row] for row in digests]
+        return np.array(values, np.float32).reshape(len(values), len(self._layers), self.info.hidden_size)
 
     def copy_block(self, source: int, destination: int, num_tokens: int) -> None:
         """Copy slots."""

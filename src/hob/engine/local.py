@@ -90,6 +90,7 @@ class LocalEngine:
             batch.blocks,
             batch.adapter,
             batch.num_tops,
+            batch.layers,
         )
         return StepInfo(is_done, time.perf_counter() - start, phase_ns)
 
@@ -133,8 +134,9 @@ class LocalEngine:
         return Scores(*native.scores(self._workspace))
 
     def hidden(self) -> NDArray[np.float32]:
-        """(n, hidden_size) of the last step's HIDDEN rows."""
-        return native.hidden(self._workspace)
+        """(n, L, hidden_size) of the last step's HIDDEN rows."""
+        rows = native.hidden(self._workspace)
+        return rows.reshape(len(rows), rows.shape[1] // self.info.hidden_size, self.info.hidden_size)
 
     def copy_block(self, source: int, destination: int, num_tokens: int) -> None:
         """Copy the first slots of a block."""

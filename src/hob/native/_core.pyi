@@ -75,6 +75,7 @@ def forward(
     blocks: Ints,
     adapter: Ints,
     num_tops: int,
+    layers: Ints,
 ) -> tuple[bool, dict[str, int]]:
     """One step over the rows of an engine.base.Batch. -> (False if stopped between layers, nanoseconds by phase)."""
 
@@ -113,7 +114,7 @@ def scores(workspace: Workspace) -> tuple[Floats, Ints, Floats]:
     """SCORE rows of the last step: logprob (n,), top ids (n, k), top logprobs (n, k)."""
 
 def hidden(workspace: Workspace) -> Floats:
-    """(n, hidden_size): HIDDEN rows of the last step, after the final norm."""
+    """(n, L * hidden_size): HIDDEN rows of the last step, after each of its L layers."""
 
 def request_stop(workspace: Workspace) -> None:
     """Abandon the running step between two layers. The only call allowed from another thread."""

@@ -42,6 +42,7 @@ class Batch(Protocol):
     table_start: NDArray[np.int32]
     blocks: NDArray[np.int32]
     num_tops: int
+    layers: NDArray[np.int32]
 
 
 def quantise_activations(x: Floats) -> tuple[NDArray[np.int8], Floats]:
@@ -148,7 +149,7 @@ class Result:
     top_logprobs: Floats
     """(n, num_tops)"""
     hidden: Floats
-    """(n, H)"""
+    """(n, L, H)"""
 
 
 class Model:
@@ -168,12 +169,16 @@ class Model:
     def forward(self, pool: KvPool, batch: Batch) -> Result:
         """Compute the batch's rows and write their KV."""
         x = self._embed(batch.token)
+        residuals = [x]
         angles = rope_angles(self.network, batch.position)
         for layer in range(self.network.num_layers):
             x = x + self._attention(layer, x, angles, pool, batch)
             x = x + self._ffn(layer, x)
+            residuals.append(x)
         x = rms_norm(x, self._vector("output_norm.weight"), self.network.rms_eps)
-        return self._outputs(x, batch)
+        wanted = batch.layers.tolist() or [self.network.num_layers]
+        states = np.stack([*residuals[:-1], x], axis=1)[:, wanted]
+        return self._outputs(x, states, batch)
 
     def _embed(self, token: NDArray[np.int32]) -> Floats:
         weight = self.weights["token_embd.weight"]
@@ -212,7 +217,7 @@ class Model:
         up = linear(normed, self.weights[f"{name}_up.weight"])
         return linear(gate / (1 + np.exp(-gate)) * up, self.weights[f"{name}_down.weight"])
 
-    def _outputs(self, x: Floats, batch: Batch) -> Result:
+    def _outputs(self, x: Floats, states: Floats, batch: Batch) -> Result:
         head = self.weights["token_embd.weight" if self.network.tied_head else "output.weight"]
         is_score = batch.out == OUT_SCORE
         logprobs = log_softmax(linear(x[is_score], head))
@@ -223,7 +228,7 @@ class Model:
             logprob=logprobs[np.arange(len(targets)), targets],
             top_ids=tops,
             top_logprobs=np.take_along_axis(logprobs, tops, axis=1),
-            hidden=x[batch.out == OUT_HIDDEN],
+            hidden=states[batch.out == OUT_HIDDEN],
         )
 
     def _vector(self, name: str) -> Floats:

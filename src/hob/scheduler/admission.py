@@ -29,8 +29,8 @@ def check_request(
         raise InvalidRequest(f"weight is {request.weight}. Expected more than 0.", param="weight")
     if request.continuations and (request.kind is not Kind.SCORE or request.prompt_logprobs is not None):
         raise InvalidRequest("continuations go with kind 'score' and without prompt_logprobs", param="continuations")
-    if request.kind is Kind.EMBED and request.pooling not in ("mean", "last"):
-        raise InvalidRequest(f"pooling is '{request.pooling}'. Expected 'mean' or 'last'.", param="pooling")
+    if request.kind is Kind.EMBED:
+        _check_pools(request)
     num_sequences = max(request.num_samples, len(request.continuations))
     if not 1 <= num_sequences <= MAX_SEQUENCES or request.num_samples < 1:
         raise InvalidRequest(f"{num_sequences} sequences are asked for. Expected 1 to {MAX_SEQUENCES}.", param="n")
@@ -46,6 +46,22 @@ def check_request(
         raise Overloaded(
             f"the queue is full: {num_waiting} sequences wait, {num_sequences} more exceed the limit of {max_waiting}",
             retry_after_s=1.0,
+        )
+
+
+def _check_pools(request: Request) -> None:
+    num_tokens = len(request.token_ids)
+    for pool in request.pools:
+        start, end = pool.rows(num_tokens)
+        if pool.how not in ("mean", "max", "last") or not 0 <= start < end <= num_tokens:
+            raise InvalidRequest(
+                f"pool '{pool.how}' over tokens {pool.start} to {end}. Expected 'mean', 'max' or 'last' over at least "
+                f"one of the {num_tokens} tokens.",
+                param="pools",
+            )
+    if not request.pools or request.layers != sorted(set(request.layers)) or min(request.layers, default=0) < 0:
+        raise InvalidRequest(
+            f"{len(request.pools)} pools of layers {request.layers}. Expected a pool, layers ascending.", param="layers"
         )
 
 

@@ -14,16 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from hob.config import SchedulerConfig
 from hob.kvcache.pool import BLOCK_SIZE
 from hob.kvcache.second_level import SecondLevel
 from hob.messages import AppStats, Stats
+from hob.pooling import Pooled
 from hob.request import FinishReason, Kind, OutputError, Request, Sequence, SequenceOutput, ServiceClass, Top, Usage
 from hob.scheduler.admission import check_request, sequences_of
 from hob.scheduler.cost import CostModel
 from hob.scheduler.order import Order
 from hob.scheduler.placement import Copy, Placement
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(slots=True)
@@ -81,9 +87,9 @@ class ChunkResult:
     tops: list[Top] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     score_tops: list[list[Top]] = field(default_factory=list)
-    hidden_sum: list[float] | None = None
-    """Sum of the chunk's wanted hidden states."""
-    num_hidden: int = 0
+    states: NDArray[np.float32] | None = None
+    """(n, layers, hidden_size) wanted hidden states, of rows from `first_state` on."""
+    first_state: int = 0
 
 
 class Scheduler:
@@ -276,11 +282,10 @@ class Scheduler:
         """Add one chunk's results to its sequence. Returns what to tell the client, if anything."""
         sequence.scores += result.scores
         sequence.score_tops += result.score_tops
-        if result.hidden_sum is not None:
-            old = sequence.pooled or [0.0] * len(result.hidden_sum)
-            sequence.pooled = [a + b for a, b in zip(old, result.hidden_sum, strict=True)]
-            sequence.num_pooled += result.num_hidden
         request = sequence.request
+        if result.states is not None:
+            sequence.pooled = sequence.pooled or Pooled(request.pools, sequence.num_tokens)
+            sequence.pooled.add(result.first_state, result.states)
         if request.kind is not Kind.GENERATE:
             return self._finish(sequence, FinishReason.STOP, now) if self._lack(sequence) <= 0 else None
         if result.token_id is None:
@@ -314,8 +319,8 @@ class Scheduler:
         output.usage = self._close_usage(sequence, now)
         if reason is FinishReason.STOP or reason is FinishReason.LENGTH:
             output.scores, output.score_tops = sequence.scores, sequence.score_tops
-            if sequence.num_pooled:
-                output.embedding = [value / sequence.num_pooled for value in sequence.pooled]
+            if sequence.pooled:
+                output.embedding = sequence.pooled.vector().tobytes()
         if reason is not FinishReason.ERROR:
             self.placement.keep_context(sequence)
         self.placement.remove(sequence)

@@ -50,7 +50,7 @@ def compute(engine: Engine, plan: Plan) -> list[ChunkResult] | None:
     """Run a plan's rows. None: the step was abandoned and nothing it wrote counts."""
     for copy in plan.copies:
         engine.copy_block(copy.source, copy.destination, copy.num_tokens)
-    batch = build_batch(plan.chunks)
+    batch = build_batch(plan.chunks, engine.info.num_layers)
     if not engine.forward(batch).is_done:
         return None
     draws = draws_of(plan.chunks)
