@@ -89,6 +89,8 @@ class AppStats(msgspec.Struct):
     num_output_tokens: int = 0
     compute_s: float = 0.0
     last_ttft_s: float = 0.0
+    wait_s: float = 0.0
+    """Seconds until the last of those that wait is expected to have its first token."""
 
 
 class Stats(msgspec.Struct):
@@ -105,6 +107,12 @@ class Stats(msgspec.Struct):
     step_s: float = 0.0
     """Seconds spent in steps since start."""
     num_preemptions: int = 0
+    num_abandoned: int = 0
+    """Steps stopped for an urgent request, and the seconds that were lost with them."""
+    abandoned_s: float = 0.0
+    num_deadlines: int = 0
+    """Requests with a deadline for the first token that have ended."""
+    num_deadlines_missed: int = 0
     apps: list[AppStats] = []
     num_alarms: int = 0
     """Blocks, in memory or on disk, that were not what the index said: refused and computed again. Expected: 0."""

@@ -130,6 +130,8 @@ class Request:
     """The app's share of compute time among its class."""
     ttft_deadline_s: float | None = None
     """Seconds after arrival by which the first token is wanted. None: as soon as its class allows."""
+    tpot_limit_s: float | None = None
+    """Most seconds per output token after the first, on average. None: as its class allows."""
     context_id: str | None = None
     """The persistent context whose turn this is: its KV is kept on disk when the turn ends. None: none."""
 
@@ -156,6 +158,19 @@ class Usage:
     """From its first token to its last."""
     compute_s: float = 0.0
     """Engine time attributed to it: its rows' share of each step it was in."""
+    is_ttft_met: bool | None = None
+    """Whether the first token came before its deadline. None: there was none."""
+    is_tpot_met: bool | None = None
+    """Whether the tokens after it came within their limit. None: there was none."""
+
+
+class Place(msgspec.Struct, array_like=True, frozen=True):
+    """Where a request that has to wait stands."""
+
+    num_ahead: int
+    """Requests that wait and go before it."""
+    first_token_s: float
+    """Seconds to its first token, by what steps are known to take."""
 
 
 @dataclass(slots=True)
@@ -192,6 +207,8 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: OutputError | None = None
+    place: Place | None = None
+    """It waits: said once, at admission, in an output that brings nothing else."""
 
 
 @dataclass(eq=False, slots=True)
@@ -214,6 +231,8 @@ class Sequence:
     """First token whose log-probability is wanted; it and all after it are scored. None: none."""
     is_loading: bool = False
     """Blocks of it are being read from disk: it holds them, but gets no rows yet."""
+    is_kept: bool = False
+    """Its class was starved when it started: it keeps its blocks to its end, or it would never reach it."""
     leader: Sequence | None = None
     """The sibling that computes the shared prompt; this one waits for it."""
     block_keys: list[bytes] = field(default_factory=list)

@@ -12,7 +12,7 @@ from hob.config import SchedulerConfig
 from hob.engine.fake import CostModel as FakeCost
 from hob.engine.fake import FakeClock, FakeEngine
 from hob.request import Request, SamplingParams, ServiceClass
-from hob.scheduler.cost import CostModel
+from hob.scheduler.cost import CostModel, Work
 from hob.scheduler.scheduler import Scheduler
 from hob.service.step import run_step
 
@@ -77,15 +77,15 @@ def test_the_cost_model_learns_the_machine(truth: FakeCost) -> None:
     rng, cost = random.Random(1), CostModel()
     for _ in range(400):
         rows, start = rng.choice([1, 4, 16, 100]), rng.randrange(2000)
-        context = (2 * start + rows) * rows // 2
-        seconds = truth.step + truth.row * rows + truth.row_context * context
+        work = Work().plus(start, rows)
+        seconds = truth.step + truth.row * rows + truth.row_context * work.context
         if rng.random() < 0.05:
             seconds *= 10  # a core was taken away
-        cost.observe(rows, context, seconds * rng.uniform(0.95, 1.05))
+        cost.observe(work, seconds * rng.uniform(0.95, 1.05))
     for rows, start in ((1, 100), (64, 0), (200, 1000)):
-        context = (2 * start + rows) * rows // 2
-        assert cost.step_s(rows, context) == pytest.approx(
-            truth.step + truth.row * rows + truth.row_context * context, rel=0.25
+        work = Work().plus(start, rows)
+        assert cost.step_s(work) == pytest.approx(
+            truth.step + truth.row * rows + truth.row_context * work.context, rel=0.25
         )
         budget = truth.row * 50
         assert cost.rows_within(budget, 0, 512) == pytest.approx(50, rel=0.3)

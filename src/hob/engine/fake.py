@@ -22,6 +22,8 @@ from hob.engine.base import BLOCK_SIZE, Batch, Draw, Out, Sampled, Scores, StepI
 from hob.errors import InternalError
 from hob.messages import ModelInfo
 
+NUM_LAYERS = 10
+"""Pieces of a step's time, between which it can be stopped."""
 _MASK = (1 << 64) - 1
 
 
@@ -125,12 +127,15 @@ class FakeEngine:
             table = batch.blocks[batch.table_start[s] : batch.table_start[s + 1]].tolist()
             for r in range(int(batch.row_start[s]), int(batch.row_start[s + 1])):
                 self._row(table, batch, r)
-        elapsed_s = self._cost.step_s(batch.index) if self._cost else 0.0
-        if elapsed_s:
-            self._sleep(elapsed_s)
-        is_done = not self._stop.is_set()
         self._stop.clear()
-        return StepInfo(is_done=is_done, elapsed_s=elapsed_s)
+        layer_s = self._cost.step_s(batch.index) / NUM_LAYERS if self._cost else 0.0
+        elapsed_s = 0.0
+        for _ in range(NUM_LAYERS if layer_s else 0):
+            if self._stop.is_set():
+                break
+            self._sleep(layer_s)
+            elapsed_s += layer_s
+        return StepInfo(is_done=not self._stop.is_set(), elapsed_s=elapsed_s)
 
     def _row(self, table: list[int], batch: Batch, r: int) -> None:
         index, token = int(batch.index[r]), int(batch.token[r])

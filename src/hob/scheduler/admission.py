@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 from hob.errors import ContextLengthExceeded, InvalidRequest, Overloaded
-from hob.request import Kind, Request, Sequence
+from hob.request import Kind, Place, Request, Sequence
 
 MAX_SEQUENCES = 1024
 """Most samples or continuations of one request."""
@@ -19,14 +19,16 @@ def check_request(
     context_length: int,
     num_waiting: int,
     max_waiting: int,
+    retry_after_s: Callable[[int], float],
 ) -> None:
     """Raise InvalidRequest, ContextLengthExceeded or Overloaded unless the request can be served."""
     if request.request_id in known:
         raise InvalidRequest(f"request id '{request.request_id}' is in use. Expected a new one.")
     if not request.token_ids:
         raise InvalidRequest("the prompt has 0 tokens. Expected at least 1.", param="prompt")
-    if request.weight <= 0:
-        raise InvalidRequest(f"weight is {request.weight}. Expected more than 0.", param="weight")
+    for name in ("weight", "ttft_deadline_s", "tpot_limit_s"):
+        if (value := getattr(request, name)) is not None and not value > 0:
+            raise InvalidRequest(f"{name} is {value}. Expected more than 0.", param=name)
     if request.continuations and (request.kind is not Kind.SCORE or request.prompt_logprobs is not None):
         raise InvalidRequest("continuations go with kind 'score' and without prompt_logprobs", param="continuations")
     if request.kind is Kind.EMBED:
@@ -45,6 +47,29 @@ def check_request(
     if num_waiting + num_sequences > max_waiting:
         raise Overloaded(
             f"the queue is full: {num_waiting} sequences wait, {num_sequences} more exceed the limit of {max_waiting}",
+            retry_after_s=retry_after_s(num_waiting + num_sequences - max_waiting),
+        )
+
+
+def check_limits(request: Request, place: Place, stream_s: float) -> None:
+    """Raise Overloaded if the request's deadline or limit cannot be met now.
+
+    stream_s: what a step would take with all streams that must have a row in it, this one included.
+    """
+    deadline_s, limit_s = request.ttft_deadline_s, request.tpot_limit_s
+    if deadline_s is not None and place.first_token_s > deadline_s:
+        raise Overloaded(
+            f"the first token is wanted within {deadline_s:.3f} s, but is expected after {place.first_token_s:.3f} s: "
+            f"{place.num_ahead} wait before it and its prompt has {len(request.token_ids):,} tokens. "
+            "Ask for a later deadline, or none.",
+            param="ttft_deadline_s",
+            retry_after_s=max(place.first_token_s - deadline_s, 1.0),
+        )
+    if limit_s is not None and stream_s > limit_s:
+        raise Overloaded(
+            f"a token is wanted every {1e3 * limit_s:.1f} ms, but with the streams that run now a step takes "
+            f"{1e3 * stream_s:.1f} ms. Ask for a higher limit, or none.",
+            param="tpot_limit_s",
             retry_after_s=1.0,
         )
 

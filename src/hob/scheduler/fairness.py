@@ -34,6 +34,10 @@ class VirtualTime:
         """The app was given this much compute time."""
         self._clocks[app] = self._clocks.get(app, 0.0) + seconds / weight
 
+    def lead(self, app: str) -> float:
+        """Seconds by which the app is ahead of the one that has had least, of those that want to run."""
+        return self.clock(app) - min((self._clocks[a] for a in self._num_busy), default=self.clock(app))
+
     def clock(self, app: str) -> float:
         """The app's virtual time; lower runs sooner."""
         return self._clocks.get(app, 0.0)

@@ -1,24 +1,38 @@
 """Who runs next: near deadlines, then class, then the app that has had least compute for its weight, then arrival.
 
+A deadline counts while it can still be met, once the time left is little more than what the work needs. It pulls
+forward only what the app is owed anyway: an app that is `MAX_LEAD_S` of compute ahead of the one that has had least
+goes by its class, so that nobody runs first by stating deadlines.
+
 Strict classes could starve the least of them; so a class that has had no row for `STARVED_AFTER_S` while it had work
 goes first once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from hob.request import Sequence, ServiceClass
 from hob.scheduler.fairness import VirtualTime
 
 STARVED_AFTER_S = 1.0
+DUE_FACTOR = 2.0
+"""A deadline counts from this many times the time that is needed before it on."""
+MAX_LEAD_S = 1.0
+
+Key = tuple[bool, float, int, float, float, int]
+NOT_DUE = float("inf")
 
 
 class Order:
-    """Sorts sequences for one step. `at` sets the moment; the sort itself reads no clock."""
+    """Sorts sequences for one step. `at` sets the moment; the sort itself reads no clock.
 
-    def __init__(self) -> None:
+    need_s(sequence): seconds from now to its first token if it ran at once.
+    """
+
+    def __init__(self, need_s: Callable[[Sequence], float] = lambda sequence: 0.0) -> None:
         self.fairness = VirtualTime()
+        self._need_s = need_s
         self._now = 0.0
         self._last_served: dict[ServiceClass, float] = {}
         self._starved: ServiceClass | None = None
@@ -41,8 +55,14 @@ class Order:
         """Whether its class is owed a turn in this step."""
         return sequence.request.service_class is self._starved
 
+    def has_waited(self, sequence: Sequence) -> bool:
+        """Whether it has been there for so long that others have to stand back."""
+        return self._now - sequence.arrival_s > STARVED_AFTER_S
+
     def may_preempt(self, newcomer: Sequence, holder: Sequence) -> bool:
-        """Whether the newcomer may take the holder's blocks. Equals never do."""
+        """Whether the newcomer may take the holder's blocks. Equals never do, and nobody those of a starved class."""
+        if holder.is_kept:
+            return False
         if self.is_starved(newcomer):
             return not self.is_starved(holder)
         return newcomer.request.service_class < holder.request.service_class
@@ -51,20 +71,28 @@ class Order:
         """The one to run first comes first."""
         return sorted(sequences, key=self._key)
 
-    def _key(self, sequence: Sequence) -> tuple[bool, bool, int, float, float, int]:
+    def before(self, sequence: Sequence, others: list[Sequence]) -> list[Sequence]:
+        """Those of the others that go before it, once its deadline counts if it has one."""
+        key = self._key(sequence, is_pressing=True)
+        return [other for other in others if self._key(other) < key]
+
+    def _key(self, sequence: Sequence, is_pressing: bool = False) -> Key:
         request = sequence.request
         return (
             not self.is_starved(sequence),
-            not self._is_due(sequence),
+            NOT_DUE if request.ttft_deadline_s is None else self._due(sequence, request.ttft_deadline_s, is_pressing),
             request.service_class,
             self.fairness.clock(request.app),
             sequence.arrival_s,
             sequence.index,
         )
 
-    def _is_due(self, sequence: Sequence) -> bool:
-        """Whether more than half of the time to its deadline for the first token has gone."""
-        deadline_s = sequence.request.ttft_deadline_s
-        if deadline_s is None or sequence.first_token_s is not None:
-            return False
-        return self._now - sequence.arrival_s > deadline_s / 2
+    def _due(self, sequence: Sequence, deadline_s: float, is_pressing: bool) -> float:
+        """When the first token is due, if that counts now."""
+        left_s = sequence.arrival_s + deadline_s - self._now
+        is_over = sequence.first_token_s is not None or left_s < 0
+        if is_over or self.fairness.lead(sequence.request.app) > MAX_LEAD_S:
+            return NOT_DUE
+        if not is_pressing and left_s > DUE_FACTOR * self._need_s(sequence):
+            return NOT_DUE
+        return sequence.arrival_s + deadline_s

@@ -57,6 +57,12 @@ class Placement:
         self._loads: dict[Load, Sequence] = {}
         self._new_loads: list[Load] = []
 
+    def num_cached(self, sequence: Sequence) -> int:
+        """Tokens of a waiting sequence that the prefix cache has now."""
+        max_cached = min(sequence.first_wanted_row, sequence.num_tokens - 1)
+        app = sequence.request.app
+        return len(self.prefixes.match(app, sequence.token_ids, sequence.block_keys, max_cached)) * BLOCK_SIZE
+
     def start(self, sequence: Sequence, planned: set[int]) -> bool:
         """Move a waiting sequence to the running ones, with what the prefix cache has of it, if memory allows."""
         if sequence.leader is not None and not sequence.leader.is_finished:
@@ -78,6 +84,9 @@ class Placement:
             sequence.usage.num_cached_tokens = sequence.num_computed_tokens
         self.waiting.remove(sequence)
         self.running.append(sequence)
+        sequence.is_kept = self._order.is_starved(sequence) and not any(
+            s.is_kept and s.request.service_class is request.service_class for s in self.running
+        )
         if self._second is not None:
             self._start_load(sequence, self._second, max_cached)
         return True
@@ -156,7 +165,9 @@ class Placement:
         missing = num_blocks_for(sequence.num_computed_tokens + num_rows) - len(sequence.block_table)
         if missing > 0:
             order = self._order(self.running)
-            if not self._make_room(missing, order[order.index(sequence) + 1 :], planned):
+            at = order.index(sequence)
+            others = order[:at] + order[at + 1 :] if sequence.is_kept else order[at + 1 :]
+            if not self._make_room(missing, [s for s in others if not s.is_kept], planned):
                 self.preempt(sequence)
                 return False
             sequence.block_table += self.pool.allocate(missing)

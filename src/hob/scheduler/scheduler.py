@@ -7,7 +7,8 @@ row (they stream), then to all others in order. Chunked prefill, continuous batc
 follow from "compute some of num_needed_tokens - num_computed_tokens".
 
 The budget is milliseconds, from the cost model: a step that carries interactive rows may take `urgent_stretch` times
-what it would with them alone, any other at most `max_step_s`, so that whoever comes next waits no longer.
+what it would with them alone, any other at most `max_step_s`, so that whoever comes next waits no longer. A stream with
+a limit on its time per token bounds its steps in the same way.
 """
 
 from __future__ import annotations
@@ -21,15 +22,31 @@ from hob.kvcache.pool import BLOCK_SIZE
 from hob.kvcache.second_level import SecondLevel
 from hob.messages import AppStats, Stats
 from hob.pooling import Pooled
-from hob.request import FinishReason, Kind, OutputError, Request, Sequence, SequenceOutput, ServiceClass, Top, Usage
-from hob.scheduler.admission import check_request, sequences_of
-from hob.scheduler.cost import CostModel
+from hob.request import (
+    FinishReason,
+    Kind,
+    OutputError,
+    Place,
+    Request,
+    Sequence,
+    SequenceOutput,
+    ServiceClass,
+    Top,
+    Usage,
+)
+from hob.scheduler.abandon import StepUnderWay
+from hob.scheduler.admission import check_limits, check_request, sequences_of
+from hob.scheduler.cost import CostModel, Work
+from hob.scheduler.forecast import Forecast, is_paced, lack_of
 from hob.scheduler.order import Order
 from hob.scheduler.placement import Copy, Placement
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+PACE_MARGIN = 0.9
+"""Of a limit on the time per token, what a step may take: the rest is for what comes after it."""
 
 
 @dataclass(slots=True)
@@ -45,11 +62,6 @@ class Chunk:
         """One past the last token computed."""
         return self.start + self.num_rows
 
-    @property
-    def context(self) -> int:
-        """Sum over the rows of their places: what attention costs."""
-        return (self.start + self.end) * self.num_rows // 2
-
 
 @dataclass(slots=True)
 class Plan:
@@ -57,24 +69,26 @@ class Plan:
 
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
-    num_rows: int = 0
-    context: int = 0
+    work: Work = field(default_factory=Work)
+    urgent: Work = field(default_factory=Work)
+    """The part of interactive sequences: what the step would be without the others."""
+    pace_s: float = float("inf")
+    """Most seconds that a stream in it allows by its limit."""
     planned: set[int] = field(default_factory=set)
     """Identities of the sequences that have their rows: they may not be preempted any more."""
-    num_urgent_rows: int = 0
-    """Rows of interactive sequences among them, and their context: what the step would be without the others."""
-    urgent_context: int = 0
+    is_held: bool = False
+    """One that has waited long finds no room: nobody behind it starts before it."""
 
     def add(self, sequence: Sequence, num_rows: int) -> None:
         """Give a sequence its next rows."""
-        chunk = Chunk(sequence, sequence.num_computed_tokens, num_rows)
-        self.chunks.append(chunk)
+        start = sequence.num_computed_tokens
+        self.chunks.append(Chunk(sequence, start, num_rows))
         self.planned.add(id(sequence))
-        self.num_rows += num_rows
-        self.context += chunk.context
+        self.work = self.work.plus(start, num_rows)
         if sequence.request.service_class is ServiceClass.INTERACTIVE:
-            self.num_urgent_rows += num_rows
-            self.urgent_context += chunk.context
+            self.urgent = self.urgent.plus(start, num_rows)
+        if sequence.request.tpot_limit_s is not None and sequence.first_token_s is not None:
+            self.pace_s = min(self.pace_s, PACE_MARGIN * sequence.request.tpot_limit_s)
 
 
 @dataclass(slots=True)
@@ -109,11 +123,14 @@ class Scheduler:
         self.context_length = context_length
         self.vocab_size = vocab_size
         self.cost = CostModel()
-        self.order = Order()
+        self.order = Order(lambda sequence: self.forecast.need_s(sequence))
         self.placement = Placement(num_blocks, config.max_running, config.prefix_cache, self.order, second, salt_of)
+        self.forecast = Forecast(config, self.cost, self.order, self.placement)
         self._requests: dict[str, list[Sequence]] = {}
         self._apps: dict[str, AppStats] = {}
         self._stats = Stats(num_blocks=num_blocks)
+        self._is_spared = False
+        """A step was abandoned: the next one of lesser classes runs to its end."""
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -130,8 +147,12 @@ class Scheduler:
         """Whether `schedule` would find something to do."""
         return bool(self.waiting or self.running)
 
-    def add(self, request: Request, now: float) -> None:
-        """Admit a request at once, or raise: InvalidRequest, ContextLengthExceeded, Overloaded (with retry-after)."""
+    def add(self, request: Request, now: float) -> Place | None:
+        """Admit a request at once. Returns its place if it has to wait, None if it starts with the next step.
+
+        Raises InvalidRequest, ContextLengthExceeded, or Overloaded (with retry-after): the queue is full, or a
+        deadline or limit of the request cannot be met.
+        """
         check_request(
             request,
             self._requests,
@@ -139,8 +160,15 @@ class Scheduler:
             context_length=min(self.context_length, self.placement.pool.num_blocks * BLOCK_SIZE),
             num_waiting=len(self.waiting),
             max_waiting=self.config.max_waiting,
+            retry_after_s=self.forecast.retry_after_s,
         )
         sequences = sequences_of(request, now)
+        self.order.at(now, self.running + self.waiting + sequences)
+        self.order.fairness.enter(request.app)
+        try:
+            place = self._place(sequences[0])
+        finally:
+            self.order.fairness.leave(request.app)
         self._requests[request.request_id] = sequences
         self.placement.waiting += sequences
         app = self._app(request.app)
@@ -149,6 +177,18 @@ class Scheduler:
         for sequence in sequences:
             sequence.usage.num_prompt_tokens = len(request.token_ids)
             self.order.fairness.enter(request.app)
+        return place
+
+    def _place(self, sequence: Sequence) -> Place | None:
+        """Where a new sequence stands. Raises Overloaded if that breaks a deadline or limit of its request."""
+        request = sequence.request
+        is_in = self.forecast.fits_now(sequence)
+        if is_in and request.ttft_deadline_s is None and request.tpot_limit_s is None:
+            return None
+        num_cached = self.placement.num_cached(sequence) if request.ttft_deadline_s is not None else 0
+        place = self.forecast.place(sequence, num_cached)
+        check_limits(request, place, self.forecast.stream_s(sequence) if request.tpot_limit_s is not None else 0.0)
+        return None if is_in else place
 
     def cancel(self, request_id: str, now: float) -> None:
         """End all sequences of a request and free their blocks. A request that is gone already is no error."""
@@ -174,14 +214,26 @@ class Scheduler:
         plan.copies = self.placement.take_copies()
         return plan
 
+    def under_way(self, plan: Plan, now: float) -> StepUnderWay:
+        """The step begins: what is to be known of it by whoever might stop it."""
+        may_stop = not plan.urgent.num_rows and not self._is_spared
+        return StepUnderWay(now, self.cost.step_s(plan.work), may_stop)
+
+    def abandon(self, step_s: float) -> None:
+        """The step was stopped: its sequences stay where they were."""
+        self._is_spared = True
+        self._stats.num_abandoned += 1
+        self._stats.abandoned_s += step_s
+
     def postprocess(self, plan: Plan, results: list[ChunkResult], step_s: float, now: float) -> list[SequenceOutput]:
         """Take in a step's results: advance, finish, fork. Returns what the clients are to be told."""
         self._stats.num_steps += 1
-        self._stats.num_rows += plan.num_rows
+        self._stats.num_rows += plan.work.num_rows
         self._stats.step_s += step_s
-        self.cost.observe(plan.num_rows, plan.context, step_s)
+        self.cost.observe(plan.work, step_s)
+        self._is_spared = self._is_spared and plan.urgent.num_rows == plan.work.num_rows
         outputs = []
-        shares = [self.cost.share(chunk.num_rows, chunk.context, len(plan.chunks)) for chunk in plan.chunks]
+        shares = [self.cost.share(chunk.start, chunk.num_rows, len(plan.chunks)) for chunk in plan.chunks]
         scale = step_s / sum(shares)
         for chunk, result, share in zip(plan.chunks, results, shares, strict=True):
             sequence = chunk.sequence
@@ -208,10 +260,13 @@ class Scheduler:
         """State now, per app too."""
         for app in self._apps.values():
             app.num_running = app.num_waiting = 0
+        waits = self.forecast.waits_s() if self.waiting else {}
         for sequence in self.running:
             self._apps[sequence.request.app].num_running += 1
         for sequence in self.waiting:
             self._apps[sequence.request.app].num_waiting += 1
+        for app in self._apps.values():
+            app.wait_s = waits.get(app.app, 0.0) if app.num_waiting else 0.0
         self._stats.num_running = len(self.running)
         self._stats.num_waiting = len(self.waiting)
         self._stats.num_preemptions = self.placement.num_preemptions
@@ -230,15 +285,24 @@ class Scheduler:
         """Start what is more urgent than something that runs, before streams of lesser classes get their rows."""
         least_urgent = max((s.request.service_class for s in self.running), default=ServiceClass.INTERACTIVE)
         for sequence in self.order([s for s in self.waiting if s.request.service_class < least_urgent]):
-            self.placement.start(sequence, plan.planned)
+            self._start(sequence, plan)
+
+    def _start(self, sequence: Sequence, plan: Plan) -> bool:
+        """Let a waiting sequence hold blocks, if there are any and nobody has waited for them too long."""
+        if plan.is_held:
+            return False
+        if self.placement.start(sequence, plan.planned):
+            return True
+        is_led = sequence.leader is not None and not sequence.leader.is_finished
+        plan.is_held = not is_led and self.order.has_waited(sequence)
+        return False
 
     def _plan_streams(self, plan: Plan) -> None:
-        """One row for each running sequence that lacks just one: interactive ones always, others within the budget."""
-        for sequence in self.order(self.running):
-            if sequence not in self.running or sequence.is_loading or self._lack(sequence) != 1:
+        """One row for each running sequence that lacks just one: paced ones always, others within the budget."""
+        for sequence in sorted(self.order(self.running), key=lambda s: not is_paced(s)):
+            if sequence not in self.running or sequence.is_loading or lack_of(sequence) != 1:
                 continue  # preempted by one before it, or not a stream
-            is_interactive = sequence.request.service_class is ServiceClass.INTERACTIVE
-            if not is_interactive and plan.chunks and self._rows_left(plan, sequence) < 1:
+            if not is_paced(sequence) and plan.chunks and self._rows_left(plan, sequence) < 1:
                 continue
             if len(plan.chunks) < self.config.max_running and self.placement.grow(sequence, 1, plan.planned):
                 plan.add(sequence, 1)
@@ -250,11 +314,11 @@ class Scheduler:
             num_rows = self._rows_left(plan, sequence)
             if num_rows < 1:
                 break
-            if sequence not in self.running and not self.placement.start(sequence, plan.planned):
+            if sequence not in self.running and not self._start(sequence, plan):
                 continue
             if sequence.is_loading:
                 continue
-            num_rows = min(self._rows_left(plan, sequence), self._lack(sequence))
+            num_rows = min(self._rows_left(plan, sequence), lack_of(sequence))
             if num_rows > 0 and self.placement.grow(sequence, num_rows, plan.planned):
                 plan.add(sequence, num_rows)
 
@@ -262,19 +326,17 @@ class Scheduler:
         """Rows that the sequence may have in this step; at least one in a step that has none yet."""
         if len(plan.chunks) >= self.config.max_running:
             return 0
-        spent_s = self.cost.step_s(plan.num_rows, plan.context)
+        spent_s = self.cost.step_s(plan.work)
         budget_s = self.config.max_step_s
         if self.order.is_starved(sequence):
             budget_s += spent_s  # once a second; less than one gap in twenty of a stream
-        elif plan.num_urgent_rows and sequence.request.service_class is not ServiceClass.INTERACTIVE:
-            alone_s = self.cost.step_s(plan.num_urgent_rows, plan.urgent_context)
-            budget_s = min(budget_s, self.config.urgent_stretch * alone_s)
-        max_rows = self.config.max_step_tokens - plan.num_rows
+        else:
+            if plan.urgent.num_rows and sequence.request.service_class is not ServiceClass.INTERACTIVE:
+                budget_s = min(budget_s, self.config.urgent_stretch * self.cost.step_s(plan.urgent))
+            budget_s = min(budget_s, plan.pace_s)
+        max_rows = self.config.max_step_tokens - plan.work.num_rows
         num_rows = self.cost.rows_within(budget_s - spent_s, sequence.num_computed_tokens, max_rows)
         return max(num_rows, 0 if plan.chunks else 1)
-
-    def _lack(self, sequence: Sequence) -> int:
-        return sequence.num_needed_tokens - sequence.num_computed_tokens
 
     # ---- what it meant ----
 
@@ -287,7 +349,7 @@ class Scheduler:
             sequence.pooled = sequence.pooled or Pooled(request.pools, sequence.num_tokens)
             sequence.pooled.add(result.first_state, result.states)
         if request.kind is not Kind.GENERATE:
-            return self._finish(sequence, FinishReason.STOP, now) if self._lack(sequence) <= 0 else None
+            return self._finish(sequence, FinishReason.STOP, now) if lack_of(sequence) <= 0 else None
         if result.token_id is None:
             return None
         is_first = sequence.first_token_s is None
@@ -339,7 +401,19 @@ class Scheduler:
             first_token_s = now if sequence.first_token_s is None else sequence.first_token_s
             usage.prefill_s = first_token_s - sequence.first_step_s
             usage.decode_s = now - first_token_s
+        self._judge(sequence)
         return usage
+
+    def _judge(self, sequence: Sequence) -> None:
+        """Say in the receipt whether deadline and limit were met."""
+        request, usage = sequence.request, sequence.usage
+        if request.ttft_deadline_s is not None:
+            first_s = sequence.first_token_s
+            usage.is_ttft_met = first_s is not None and first_s - sequence.arrival_s <= request.ttft_deadline_s
+            self._stats.num_deadlines += 1
+            self._stats.num_deadlines_missed += not usage.is_ttft_met
+        if request.tpot_limit_s is not None:
+            usage.is_tpot_met = usage.decode_s <= request.tpot_limit_s * max(sequence.num_generated - 1, 0)
 
     def _charge(self, chunk: Chunk, seconds: float) -> None:
         request = chunk.sequence.request

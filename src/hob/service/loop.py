@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import select
 import socket
 import sys
 import time
@@ -28,20 +27,17 @@ from hob.messages import (
     DropContext,
     Failed,
     ForkContext,
-    FromEngine,
     Ready,
     Report,
     Shutdown,
     Stats,
     Submit,
-    ToEngine,
-    decode_to_engine,
     encode_frame,
 )
 from hob.request import FinishReason, OutputError, SequenceOutput
 from hob.scheduler.scheduler import Scheduler
 from hob.service.disk import DiskSpec, open_disk
-from hob.service.frames import FrameSplitter
+from hob.service.inbox import Inbox
 from hob.service.step import run_step
 
 log = logging.getLogger("hob.engine")
@@ -67,48 +63,18 @@ class EngineSpec(msgspec.Struct):
     """Where KV of persistent contexts is kept. None: nowhere."""
 
 
-class Channel:
-    """Frames over a socket, read without waiting unless told to."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._splitter = FrameSplitter()
-        self._poll = select.poll()  # kept: one system call to ask, where select() builds its sets anew each time
-        self._poll.register(connection, select.POLLIN)
-
-    def receive(self, timeout_s: float | None, other: Swap | None = None) -> list[ToEngine]:
-        """All messages that have come; waits for one as long as told, None: for ever, or until `other` has something.
-
-        Raises EOFError when the other end has closed.
-        """
-        if timeout_s != 0:
-            files = [self._connection.fileno()] + ([] if other is None else [other.fileno()])
-            select.select(files, [], [], timeout_s)
-        messages: list[ToEngine] = []
-        while self._poll.poll(0):
-            data = self._connection.recv(1 << 20)
-            if not data:
-                raise EOFError("the API process closed the connection")
-            messages += map(decode_to_engine, self._splitter.feed(data))
-        return messages
-
-    def send(self, message: FromEngine) -> None:
-        """Send one message whole."""
-        self._connection.sendall(encode_frame(message))
-
-
 class Loop:
     """schedule -> step -> postprocess, until told to stop."""
 
     def __init__(
         self,
-        channel: Channel,
+        inbox: Inbox,
         engine: Engine,
         scheduler: Scheduler,
         clock: Callable[[], float],
         swap: Swap | None = None,
     ) -> None:
-        self._channel = channel
+        self._inbox = inbox
         self._engine = engine
         self._scheduler = scheduler
         self._clock = clock
@@ -120,11 +86,11 @@ class Loop:
         is_stalled = False
         while True:
             outputs: list[SequenceOutput] = []
-            for message in self._channel.receive(self._patience(is_stalled), self._swap):
+            for message in self._inbox.receive(self._patience(is_stalled), self._swap):
                 if isinstance(message, Shutdown):
                     return
                 outputs += self._handle(message)
-            computed = run_step(self._engine, self._scheduler, self._clock, self._swap)
+            computed = run_step(self._engine, self._scheduler, self._clock, self._swap, self._inbox.watch)
             is_stalled = computed is None
             self._report(outputs + (computed or []))
 
@@ -144,11 +110,11 @@ class Loop:
             self._change_disk(message)
             return []
         try:
-            self._scheduler.add(message.request, self._clock())
+            place = self._scheduler.add(message.request, self._clock())
         except HobError as error:
             refusal = OutputError(type(error).__name__, error.message, error.retry_after_s)
             return [SequenceOutput(message.request.request_id, finish_reason=FinishReason.ERROR, error=refusal)]
-        return []
+        return [] if place is None else [SequenceOutput(message.request.request_id, place=place)]
 
     def _change_disk(self, message: ForkContext | DropContext) -> None:
         """In the disk tier's own thread, after the turns that ended before."""
@@ -177,7 +143,7 @@ class Loop:
         if is_due:
             self._stats_due = now + STATS_INTERVAL_S
         if outputs or is_due:
-            self._channel.send(Report(outputs, self._stats() if is_due else None))
+            self._inbox.send(Report(outputs, self._stats() if is_due else None))
 
 
 def open_engine(spec: EngineSpec) -> Engine:
@@ -197,13 +163,13 @@ def open_engine(spec: EngineSpec) -> Engine:
 
 def main(fd: int, spec: EngineSpec) -> None:
     """Body of the process."""
-    channel = Channel(socket.socket(fileno=fd))
+    connection = socket.socket(fileno=fd)
     start = time.monotonic()
     try:
         engine = open_engine(spec)
     except (HobError, ValueError, OSError, MemoryError) as error:
         name = type(error).__name__ if isinstance(error, HobError) else InternalError.__name__
-        channel.send(Failed(name, str(error)))
+        connection.sendall(encode_frame(Failed(name, str(error))))
         sys.exit(1)
     num_blocks = -(-spec.kv_tokens // BLOCK_SIZE)
     info = engine.info
@@ -215,8 +181,9 @@ def main(fd: int, spec: EngineSpec) -> None:
     log.info("isa: %s (%s), %d threads", info.isa, info.isa_reason, info.num_threads)
     try:
         gc.freeze()  # what startup made stays: no pass over all of it between two steps
-        channel.send(Ready(info, num_blocks, BLOCK_SIZE, time.monotonic() - start))
-        Loop(channel, engine, scheduler, time.monotonic, swap).run()
+        inbox = Inbox(connection, engine.stop, time.monotonic)
+        inbox.send(Ready(info, num_blocks, BLOCK_SIZE, time.monotonic() - start))
+        Loop(inbox, engine, scheduler, time.monotonic, swap).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         log.info("the API process is gone; exiting")
     if swap is not None:

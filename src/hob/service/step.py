@@ -9,33 +9,43 @@ from hob.engine.batching import build_batch, collect, draws_of
 from hob.errors import HobError, InternalError
 from hob.kvcache.swap import Swap
 from hob.request import OutputError, SequenceOutput
+from hob.scheduler.abandon import StepUnderWay
 from hob.scheduler.scheduler import ChunkResult, Plan, Scheduler
 
 
 def run_step(
-    engine: Engine, scheduler: Scheduler, clock: Callable[[], float], swap: Swap | None = None
+    engine: Engine,
+    scheduler: Scheduler,
+    clock: Callable[[], float],
+    swap: Swap | None = None,
+    watch: Callable[[StepUnderWay | None], None] = lambda step: None,
 ) -> list[SequenceOutput] | None:
     """Schedule and compute one step. Returns what the clients are to be told; None if there was nothing to compute.
 
-    A step that raises ends its sequences with the error and leaves all others as they were.
+    A step that raises ends its sequences with the error and leaves all others as they were. `watch` is told when the
+    computing begins, and with None that it has ended; whoever watches may call `engine.stop`.
     """
+    start = clock()
     if swap is not None:
         pump(engine, scheduler, swap)
-    plan = scheduler.schedule(clock())
+    plan = scheduler.schedule(start)
     if swap is not None:
         for load in scheduler.placement.take_loads():
             swap.begin(load)
     if plan is None:
         return None
-    start = clock()
     try:
+        watch(scheduler.under_way(plan, clock()))
         results = compute(engine, plan)
     except (HobError, RuntimeError, ValueError, MemoryError) as error:
         name = type(error).__name__ if isinstance(error, HobError) else InternalError.__name__
         return scheduler.fail(plan, OutputError(name, f"the step failed: {error}"), clock())
-    if results is None:
-        return []
+    finally:
+        watch(None)
     now = clock()
+    if results is None:
+        scheduler.abandon(now - start)
+        return []
     return scheduler.postprocess(plan, results, now - start, now)
 
 

@@ -1,0 +1,134 @@
+"""When a request would have its first token, by what steps are known to take: the answer given at admission.
+
+    seconds = until there is room + work that goes before it / the share of a step that is left for such work
+
+An estimate, not a promise: it knows neither who will come nor how early others stop. It errs on the late side: what waits
+is not cached, and replies run to their full length.
+"""
+
+from __future__ import annotations
+
+from hob.config import SchedulerConfig
+from hob.kvcache.pool import num_blocks_for
+from hob.request import Kind, Place, Sequence, ServiceClass
+from hob.scheduler.cost import CostModel, Work
+from hob.scheduler.order import Order
+from hob.scheduler.placement import Placement
+
+LEAST_SHARE = 0.1
+"""Of a step that is taken to be left for work that is not streaming, however many streams there are."""
+
+
+class Forecast:
+    """Looks at the scheduler's state and changes none of it."""
+
+    def __init__(self, config: SchedulerConfig, cost: CostModel, order: Order, placement: Placement) -> None:
+        self._config = config
+        self._cost = cost
+        self._order = order
+        self._placement = placement
+
+    def place(self, sequence: Sequence, num_cached: int) -> Place:
+        """Where a new sequence, which is not among the waiting ones yet, would stand; so much of it is cached."""
+        waiting = self._order.before(sequence, [s for s in self._placement.waiting if s.leader is None])
+        reading = self._order.before(sequence, [s for s in self._placement.running if lack_of(s) > 1])
+        streams = [s for s in self._placement.running if lack_of(s) == 1]
+        work_s = sum(map(self.need_s, [*reading, *waiting])) + self.need_s(sequence, num_cached)
+        step_s, share = self._pace(sequence, streams)
+        room_s = self._room_s([*waiting, sequence], step_s)
+        return Place(len(waiting) if waiting or room_s else 0, room_s + work_s / share)
+
+    def waits_s(self) -> dict[str, float]:
+        """For each app that waits: seconds until the last of its waiting sequences has its first token."""
+        waits: dict[str, float] = {}
+        order = self._order([s for s in self._placement.running if lack_of(s) > 1] + self._placement.waiting)
+        streams = [s for s in self._placement.running if lack_of(s) == 1]
+        work_s = 0.0
+        for sequence in order:
+            work_s += self.need_s(sequence)
+            waits[sequence.request.app] = work_s
+        if order:
+            step_s, share = self._pace(order[-1], streams)
+            room_s = self._room_s([s for s in order if not s.block_table], step_s)
+            waits = {app: room_s * wait_s / work_s + wait_s / share for app, wait_s in waits.items()}
+        return waits
+
+    def fits_now(self, sequence: Sequence) -> bool:
+        """Whether it starts with the next step: nobody waits before it, and there is room."""
+        return not self._order.before(sequence, self._placement.waiting) and self._missing([sequence]) == (0, 0)
+
+    def need_s(self, sequence: Sequence, num_cached: int = 0) -> float:
+        """Seconds of steps of its own until its first token."""
+        start = max(sequence.num_computed_tokens, num_cached)
+        rest = self._cost.prompt_s(start, max(sequence.num_needed_tokens - start, 1))
+        fixed = self._cost.step_s(Work())
+        return rest * (1 + fixed / max(self._config.max_step_s - fixed, fixed)) + fixed
+
+    def retry_after_s(self, num_excess: int) -> float:
+        """Seconds until so many of the waiting sequences will have started."""
+        started = self._order(self._placement.waiting)[:num_excess]
+        step_s = self._config.max_step_s
+        return min(max(self._room_s(started, step_s) + sum(map(self.need_s, started)), 1.0), 60.0)
+
+    def stream_s(self, sequence: Sequence) -> float:
+        """Seconds between its tokens beside those that run and must have a row in each step."""
+        work = Work().plus(sequence.num_tokens, 1)
+        for other in self._placement.running:
+            if is_paced(other) and lack_of(other) == 1:
+                work = work.plus(other.num_tokens, 1)
+        return self._cost.step_s(work)
+
+    def _pace(self, sequence: Sequence, streams: list[Sequence]) -> tuple[float, float]:
+        """Seconds of a step while it is read, and the share of it that is left beside the streams."""
+        every, urgent = Work(), Work()
+        for stream in streams:
+            every = every.plus(stream.num_tokens, 1)
+            if stream.request.service_class is ServiceClass.INTERACTIVE:
+                urgent = urgent.plus(stream.num_tokens, 1)
+        step_s = self._config.max_step_s
+        if urgent.num_rows and sequence.request.service_class is not ServiceClass.INTERACTIVE:
+            step_s = min(step_s, self._config.urgent_stretch * self._cost.step_s(urgent))
+            every = urgent  # others' streams stand back first
+        fixed_s = self._cost.step_s(Work())
+        left_s = step_s - (self._cost.step_s(every) - fixed_s if every.num_rows else 0.0)
+        return step_s, max(left_s / step_s, LEAST_SHARE)
+
+    def _room_s(self, newcomers: list[Sequence], step_s: float) -> float:
+        """Seconds until those that run have left enough sequences and blocks to hold all newcomers."""
+        num_sequences, num_blocks = self._missing(newcomers)
+        seconds = 0.0
+        for rest_s, held in sorted((self._rest_s(s, step_s), len(s.block_table)) for s in self._placement.running):
+            if num_sequences <= 0 and num_blocks <= 0:
+                break
+            seconds = rest_s
+            num_sequences -= 1
+            num_blocks -= held
+        return seconds
+
+    def _missing(self, newcomers: list[Sequence]) -> tuple[int, int]:
+        """Sequences and blocks that they need beyond what is free or can be taken from lesser ones."""
+        if not newcomers:
+            return 0, 0
+        can_take = [s for s in self._placement.running if self._order.may_preempt(newcomers[-1], s)]
+        num_free = self._placement.pool.num_free + sum(len(s.block_table) for s in can_take)
+        num_left = self._config.max_running - len(self._placement.running) + len(can_take)
+        num_blocks = sum(num_blocks_for(s.num_needed_tokens) for s in newcomers)
+        return max(len(newcomers) - num_left, 0), max(num_blocks - num_free, 0)
+
+    def _rest_s(self, sequence: Sequence, step_s: float) -> float:
+        """Seconds until a running sequence ends, if it goes on to its limit."""
+        num_more = 0
+        if sequence.request.kind is Kind.GENERATE:
+            num_more = sequence.request.sampling.max_tokens - sequence.num_generated
+        return self.need_s(sequence) + num_more * step_s
+
+
+def lack_of(sequence: Sequence) -> int:
+    """Rows that it could have now."""
+    return sequence.num_needed_tokens - sequence.num_computed_tokens
+
+
+def is_paced(sequence: Sequence) -> bool:
+    """Whether it must have a row in each step once it streams."""
+    request = sequence.request
+    return request.service_class is ServiceClass.INTERACTIVE or request.tpot_limit_s is not None
