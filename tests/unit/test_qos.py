@@ -5,53 +5,89 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from hob.config import SchedulerConfig
 from hob.engine.fake import CostModel as FakeCost
 from hob.engine.fake import FakeClock, FakeEngine
-from hob.request import Request, SamplingParams, ServiceClass
+from hob.errors import Overloaded
+from hob.request import Place, Request, SamplingParams, ServiceClass, Usage
+from hob.scheduler.abandon import StepUnderWay
 from hob.scheduler.cost import CostModel, Work
 from hob.scheduler.scheduler import Scheduler
 from hob.service.step import run_step
 
-INTERACTIVE, BACKGROUND = ServiceClass.INTERACTIVE, ServiceClass.BACKGROUND
+INTERACTIVE, STANDARD, BACKGROUND = ServiceClass.INTERACTIVE, ServiceClass.STANDARD, ServiceClass.BACKGROUND
 
 
 @dataclass
 class Device:
-    """A service in virtual time that notes when each token came."""
+    """A service in virtual time that notes when each token came. `calls` come at their time, also within a step."""
 
     scheduler_config: SchedulerConfig = field(default_factory=SchedulerConfig)
     num_blocks: int = 2048
+    cost: FakeCost = field(default_factory=FakeCost)
+    can_stop: bool = True
 
     def __post_init__(self) -> None:
         self.clock = FakeClock()
-        self.engine = FakeEngine(cost=FakeCost(), sleep=self.clock.sleep)
+        self.engine = FakeEngine(cost=self.cost, sleep=self._sleep)
         self.engine.open_pool(self.num_blocks)
         self.scheduler = Scheduler(self.scheduler_config, self.num_blocks, 8192, 1000)
         self.times: dict[str, list[float]] = {}
+        self.tokens: dict[str, list[int]] = {}
         self.arrivals: dict[str, float] = {}
         self.done: set[str] = set()
+        self.usages: dict[str, Usage] = {}
         self.rng = random.Random(0)
+        self.calls: list[tuple[float, str, int, int, ServiceClass]] = []
+        self._inbox: list[tuple[float, str, int, int, ServiceClass]] = []
+        self._step: StepUnderWay | None = None
 
-    def add(self, name: str, num_prompt: int, max_tokens: int, service_class: ServiceClass, app: str = "app") -> None:
+    def add(
+        self,
+        name: str,
+        num_prompt: int,
+        max_tokens: int,
+        service_class: ServiceClass,
+        app: str = "app",
+        arrived: float | None = None,
+        **fields: Any,
+    ) -> Place | None:
         tokens = self.rng.choices(range(1000), k=num_prompt)
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        request = Request(name, app, tokens, sampling=sampling, service_class=service_class)
-        self.scheduler.add(request, self.clock())
-        self.arrivals[name] = self.clock()
+        request = Request(name, app, tokens, sampling=sampling, service_class=service_class, **fields)
+        place = self.scheduler.add(request, self.clock())
+        self.arrivals[name] = self.clock() if arrived is None else arrived
+        return place
+
+    def _sleep(self, seconds: float) -> None:
+        self.clock.sleep(seconds)
+        while self.calls and self.calls[0][0] <= self.clock():
+            call = self.calls.pop(0)
+            self._inbox.append(call)
+            if self.can_stop and call[-1] is INTERACTIVE and self._step and self._step.should_stop(self.clock()):
+                self.engine.stop()
+
+    def _watch(self, step: StepUnderWay | None) -> None:
+        self._step = step
 
     def step(self) -> None:
-        outputs = run_step(self.engine, self.scheduler, self.clock)
+        for at, name, num_prompt, max_tokens, service_class in self._inbox:
+            self.add(name, num_prompt, max_tokens, service_class, service_class.name, arrived=at)
+        self._inbox = []
+        outputs = run_step(self.engine, self.scheduler, self.clock, watch=self._watch)
         if outputs is None:
-            self.clock.sleep(0.001)
+            self._sleep(0.001)
         for output in outputs or []:
             if output.token_ids:
                 self.times.setdefault(output.request_id, []).append(self.clock())
+                self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
             if output.finish_reason:
                 self.done.add(output.request_id)
+                self.usages[output.request_id] = output.usage or Usage()
 
     def run_until(self, *names: str) -> None:
         for _ in range(100_000):
@@ -170,3 +206,177 @@ def test_the_least_class_is_not_starved() -> None:
     device.run_until("low")
     assert len(device.done) < 300
     assert device.clock() < 10
+
+
+# ---- deadlines and limits ----
+
+
+def test_a_deadline_that_can_be_met_is_met_and_the_receipt_says_so() -> None:
+    with_deadline, without = Device(), Device()
+    for device in (with_deadline, without):
+        for i in range(6):
+            device.add(f"bg{i}", 1500, 16, STANDARD, f"app{i}")
+        for _ in range(5):
+            device.step()
+    with_deadline.add("wanted", 200, 4, STANDARD, "late", ttft_deadline_s=0.6)
+    without.add("wanted", 200, 4, STANDARD, "app0")
+    with_deadline.run_until("wanted")
+    without.run_until("wanted")
+    assert with_deadline.ttft("wanted") <= 0.6
+    assert with_deadline.usages["wanted"].is_ttft_met is True
+    assert without.ttft("wanted") > 0.6, "the control: without a deadline its turn comes later"
+    assert without.usages["wanted"].is_ttft_met is None
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_with_the_numbers() -> None:
+    device = Device()
+    device.add("running", 1500, 16, INTERACTIVE, "other")
+    device.step()
+    with pytest.raises(Overloaded, match=r"wanted within 0.100 s, but is expected after \d\.\d+ s") as caught:
+        device.add("never", 1500, 4, STANDARD, ttft_deadline_s=0.1)
+    assert caught.value.retry_after_s
+    assert caught.value.param == "ttft_deadline_s"
+    device.add("early", 1500, 4, STANDARD, ttft_deadline_s=10.0)
+    device.run_until("early")
+    assert device.usages["early"].is_ttft_met
+
+
+def test_a_missed_deadline_is_told() -> None:
+    device = Device()
+    device.add("late", 400, 4, BACKGROUND, "late", ttft_deadline_s=0.5)
+    for i in range(20):
+        device.add(f"chat{i}", 400, 8, INTERACTIVE, "chat")
+    device.scheduler.order.fairness.charge("late", 10.0, 1.0)  # it has had its share: the deadline pulls nothing
+    device.run_until("late")
+    assert device.usages["late"].is_ttft_met is False
+    assert device.scheduler.stats().num_deadlines_missed == 1
+
+
+def test_deadlines_pull_forward_only_what_an_app_is_owed() -> None:
+    device = Device()
+    count = 0
+    before = 0.0
+    for i in range(40):
+        device.add(f"fair{i}", 300, 8, STANDARD, "fair")
+    while device.clock() < 8.0:
+        waiting = {app.app: app.num_waiting + app.num_running for app in device.scheduler.stats().apps}
+        if waiting.get("pushy", 0) < 3:
+            device.add(f"pushy{count}", 300, 8, STANDARD, "pushy", ttft_deadline_s=100.0)
+            sequence = device.scheduler.waiting[-1]
+            sequence.request.ttft_deadline_s = 0.5  # more than admission would have promised
+            count += 1
+        device.step()
+        before = max(before, device.scheduler.order.fairness.clock("pushy"))
+    apps = {app.app: app.compute_s for app in device.scheduler.stats().apps}
+    assert apps["pushy"] < apps["fair"] + 1.5
+
+
+def test_a_stream_with_a_limit_keeps_it_beside_work_of_its_own_class() -> None:
+    limited, free = Device(), Device()
+    for device, fields in ((limited, {"tpot_limit_s": 0.015}), (free, {})):
+        device.add("warm", 500, 60, STANDARD)
+        device.run_until("warm")
+        device.add("stream", 30, 100, STANDARD, "chat", **fields)
+        device.step()
+        for i in range(3):
+            device.add(f"long{i}", 2000, 10, STANDARD, f"other{i}")
+        device.run_until("stream")
+    assert limited.usages["stream"].is_tpot_met is True
+    assert limited.usages["stream"].decode_s <= 0.015 * 99
+    assert free.usages["stream"].decode_s > 0.015 * 99, "the control: without the limit it is slower"
+
+
+def test_a_limit_that_no_step_can_keep_is_refused() -> None:
+    device = Device()
+    with pytest.raises(Overloaded, match=r"a token is wanted every 1\.0 ms, but .* a step takes \d\.\d ms"):
+        device.add("fast", 30, 10, STANDARD, tpot_limit_s=0.001)
+
+
+# ---- admission ----
+
+
+def test_what_starts_at_once_has_no_place_and_what_waits_has_one() -> None:
+    device = Device(SchedulerConfig(max_running=2))
+    assert device.add("a", 100, 50, STANDARD) is None
+    device.step()
+    assert device.add("b", 100, 50, STANDARD) is None
+    places = [device.add(f"w{i}", 100, 50, STANDARD) for i in range(3)]
+    assert [place.num_ahead for place in places if place is not None] == [1, 2, 3]
+    for i, place in enumerate(places):
+        device.run_until(f"w{i}")
+        assert place is not None
+        assert device.ttft(f"w{i}") / place.first_token_s == pytest.approx(1.0, abs=0.7)
+
+
+def test_an_urgent_request_stands_before_lesser_ones() -> None:
+    device = Device(SchedulerConfig(max_running=1))
+    device.add("a", 100, 50, INTERACTIVE)
+    device.step()
+    for i in range(5):
+        device.add(f"bg{i}", 100, 50, BACKGROUND)
+    place = device.add("chat", 30, 10, INTERACTIVE, "chat")
+    assert place is not None
+    assert place.num_ahead == 0
+    waits = {app.app: app.wait_s for app in device.scheduler.stats().apps}
+    assert waits["app"] > waits["chat"] > 0
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    device = Device(SchedulerConfig(max_running=1, max_waiting=3))
+    device.add("a", 1000, 500, STANDARD)
+    device.step()
+    for i in range(3):
+        device.add(f"w{i}", 1000, 500, STANDARD)
+    with pytest.raises(Overloaded, match="the queue is full") as caught:
+        device.add("more", 10, 1, STANDARD)
+    assert caught.value.retry_after_s is not None
+    assert 2.0 < caught.value.retry_after_s <= 60.0
+
+
+# ---- a step given up for who is urgent ----
+
+
+def long_steps(can_stop: bool) -> Device:
+    """Background work in steps of 200 ms, and an urgent request every 0.35 s."""
+    device = Device(SchedulerConfig(max_step_s=0.2), can_stop=can_stop)
+    for i in range(8):
+        device.add(f"bg{i}", 2000, 4, BACKGROUND, f"app{i}")
+    device.calls = [(1.0 + 0.35 * i, f"chat{i}", 8, 1, INTERACTIVE) for i in range(20)]
+    device.run_until(*(f"chat{i}" for i in range(20)))
+    return device
+
+
+def test_a_long_step_is_given_up_for_an_urgent_request() -> None:
+    stopping, patient = long_steps(True), long_steps(False)
+    assert stopping.scheduler.stats().num_abandoned > 0
+    assert patient.scheduler.stats().num_abandoned == 0
+    waits = [[device.ttft(f"chat{i}") for i in range(20)] for device in (stopping, patient)]
+    assert sum(waits[0]) < 0.8 * sum(waits[1]), "the control waits longer"
+    stopping.run_until("bg0")
+    assert stopping.times["bg0"]
+
+
+def test_who_is_urgent_without_end_does_not_stop_the_others() -> None:
+    device = Device(SchedulerConfig(max_step_s=0.2))
+    device.add("bg", 3000, 4, BACKGROUND, "slow")
+    device.calls = [(0.3 + 0.03 * i, f"chat{i}", 4, 1, INTERACTIVE) for i in range(2000)]
+    device.run_until("bg")
+    stats = device.scheduler.stats()
+    assert stats.num_abandoned > 3
+    assert stats.abandoned_s < stats.step_s / 2
+    assert device.clock() < 30
+
+
+def test_a_stopped_step_changes_no_token() -> None:
+    stopped, whole = Device(), Device()
+    for device in (stopped, whole):
+        device.add("a", 300, 20, BACKGROUND)
+    for _ in range(40):
+        stopped.engine._sleep = lambda s: (stopped.clock.sleep(s), stopped.engine.stop())  # type: ignore[assignment]
+        stopped.step()
+        stopped.engine._sleep = stopped.clock.sleep
+        stopped.step()
+    whole.run_until("a")
+    stopped.run_until("a")
+    assert stopped.scheduler.stats().num_abandoned >= 20
+    assert stopped.tokens["a"] == whole.tokens["a"]

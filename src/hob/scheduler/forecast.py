@@ -1,9 +1,9 @@
 """When a request would have its first token, by what steps are known to take: the answer given at admission.
 
-    seconds = until there is room + work that goes before it / the share of a step that is left for such work
+    seconds = until there is room + work that goes before it / the share of a step that streams leave for it
 
-An estimate, not a promise: it knows neither who will come nor how early others stop. It errs on the late side: what waits
-is not cached, and replies run to their full length.
+An estimate, not a promise: it knows neither who will come nor how early others stop. It errs on the late side: what
+waits is not cached, and replies run to their full length.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ class Forecast:
 
     def place(self, sequence: Sequence, num_cached: int) -> Place:
         """Where a new sequence, which is not among the waiting ones yet, would stand; so much of it is cached."""
+        running = self._placement.running
         waiting = self._order.before(sequence, [s for s in self._placement.waiting if s.leader is None])
-        reading = self._order.before(sequence, [s for s in self._placement.running if lack_of(s) > 1])
-        streams = [s for s in self._placement.running if lack_of(s) == 1]
-        work_s = sum(map(self.need_s, [*reading, *waiting])) + self.need_s(sequence, num_cached)
-        step_s, share = self._pace(sequence, streams)
-        room_s = self._room_s([*waiting, sequence], step_s)
-        return Place(len(waiting) if waiting or room_s else 0, room_s + work_s / share)
+        reading = self._order.before(sequence, [s for s in running if lack_of(s) > 1])
+        step_s, streams_s = self._pace(sequence, [s for s in running if lack_of(s) == 1])
+        reading_s, waiting_s = sum(map(self.need_s, reading)), sum(map(self.need_s, waiting))
+        room_s = self._room_s([*waiting, sequence], step_s, streams_s, reading_s)
+        work_s = max(reading_s - room_s, 0.0) + waiting_s + self.need_s(sequence, num_cached)
+        return Place(len(waiting), room_s + work_s * step_s / (step_s - streams_s))
 
     def waits_s(self) -> dict[str, float]:
         """For each app that waits: seconds until the last of its waiting sequences has its first token."""
@@ -48,8 +49,10 @@ class Forecast:
             work_s += self.need_s(sequence)
             waits[sequence.request.app] = work_s
         if order:
-            step_s, share = self._pace(order[-1], streams)
-            room_s = self._room_s([s for s in order if not s.block_table], step_s)
+            step_s, streams_s = self._pace(order[-1], streams)
+            newcomers = [s for s in order if not s.block_table]
+            room_s = self._room_s(newcomers, step_s, streams_s, work_s) if newcomers else 0.0
+            share = 1 - streams_s / step_s
             waits = {app: room_s * wait_s / work_s + wait_s / share for app, wait_s in waits.items()}
         return waits
 
@@ -60,15 +63,17 @@ class Forecast:
     def need_s(self, sequence: Sequence, num_cached: int = 0) -> float:
         """Seconds of steps of its own until its first token."""
         start = max(sequence.num_computed_tokens, num_cached)
-        rest = self._cost.prompt_s(start, max(sequence.num_needed_tokens - start, 1))
-        fixed = self._cost.step_s(Work())
-        return rest * (1 + fixed / max(self._config.max_step_s - fixed, fixed)) + fixed
+        rest_s = self._cost.prompt_s(start, max(sequence.num_needed_tokens - start, 1))
+        return rest_s + self._cost.step_s(Work())
 
     def retry_after_s(self, num_excess: int) -> float:
         """Seconds until so many of the waiting sequences will have started."""
         started = self._order(self._placement.waiting)[:num_excess]
-        step_s = self._config.max_step_s
-        return min(max(self._room_s(started, step_s) + sum(map(self.need_s, started)), 1.0), 60.0)
+        if not started:
+            return 1.0
+        step_s, streams_s = self._pace(started[0], [s for s in self._placement.running if lack_of(s) == 1])
+        work_s = sum(map(self.need_s, started))
+        return min(max(self._room_s(started, step_s, streams_s, work_s) + work_s, 1.0), 60.0)
 
     def stream_s(self, sequence: Sequence) -> float:
         """Seconds between its tokens beside those that run and must have a row in each step."""
@@ -79,7 +84,7 @@ class Forecast:
         return self._cost.step_s(work)
 
     def _pace(self, sequence: Sequence, streams: list[Sequence]) -> tuple[float, float]:
-        """Seconds of a step while it is read, and the share of it that is left beside the streams."""
+        """Most seconds of a step while it is read, and the part of them that reading the weights and streams take."""
         every, urgent = Work(), Work()
         for stream in streams:
             every = every.plus(stream.num_tokens, 1)
@@ -89,38 +94,37 @@ class Forecast:
         if urgent.num_rows and sequence.request.service_class is not ServiceClass.INTERACTIVE:
             step_s = min(step_s, self._config.urgent_stretch * self._cost.step_s(urgent))
             every = urgent  # others' streams stand back first
-        fixed_s = self._cost.step_s(Work())
-        left_s = step_s - (self._cost.step_s(every) - fixed_s if every.num_rows else 0.0)
-        return step_s, max(left_s / step_s, LEAST_SHARE)
+        return step_s, min(self._cost.step_s(every), (1 - LEAST_SHARE) * step_s)
 
-    def _room_s(self, newcomers: list[Sequence], step_s: float) -> float:
-        """Seconds until those that run have left enough sequences and blocks to hold all newcomers."""
+    def _room_s(self, newcomers: list[Sequence], step_s: float, streams_s: float, reading_s: float) -> float:
+        """Seconds until those that run have left enough sequences and blocks to hold all newcomers.
+
+        Steps are filled, up to `step_s`, while there are `reading_s` of other work; then they take `streams_s`.
+        """
         num_sequences, num_blocks = self._missing(newcomers)
         seconds = 0.0
-        for rest_s, held in sorted((self._rest_s(s, step_s), len(s.block_table)) for s in self._placement.running):
+        leaving = sorted((self._num_more(s), len(s.block_table)) for s in self._placement.running)
+        for num_more, held in leaving:
             if num_sequences <= 0 and num_blocks <= 0:
                 break
-            seconds = rest_s
+            seconds = num_more * streams_s + min(num_more * (step_s - streams_s), reading_s)
             num_sequences -= 1
             num_blocks -= held
         return seconds
 
     def _missing(self, newcomers: list[Sequence]) -> tuple[int, int]:
         """Sequences and blocks that they need beyond what is free or can be taken from lesser ones."""
-        if not newcomers:
-            return 0, 0
         can_take = [s for s in self._placement.running if self._order.may_preempt(newcomers[-1], s)]
         num_free = self._placement.pool.num_free + sum(len(s.block_table) for s in can_take)
         num_left = self._config.max_running - len(self._placement.running) + len(can_take)
         num_blocks = sum(num_blocks_for(s.num_needed_tokens) for s in newcomers)
         return max(len(newcomers) - num_left, 0), max(num_blocks - num_free, 0)
 
-    def _rest_s(self, sequence: Sequence, step_s: float) -> float:
-        """Seconds until a running sequence ends, if it goes on to its limit."""
-        num_more = 0
-        if sequence.request.kind is Kind.GENERATE:
-            num_more = sequence.request.sampling.max_tokens - sequence.num_generated
-        return self.need_s(sequence) + num_more * step_s
+    def _num_more(self, sequence: Sequence) -> int:
+        """Steps until a running sequence ends, if it goes on to its limit."""
+        if sequence.request.kind is not Kind.GENERATE:
+            return 1
+        return sequence.request.sampling.max_tokens - sequence.num_generated
 
 
 def lack_of(sequence: Sequence) -> int:

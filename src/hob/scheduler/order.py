@@ -72,9 +72,9 @@ class Order:
         return sorted(sequences, key=self._key)
 
     def before(self, sequence: Sequence, others: list[Sequence]) -> list[Sequence]:
-        """Those of the others that go before it, once its deadline counts if it has one."""
+        """Those of the others, who were there first, that go before it once its deadline counts if it has one."""
         key = self._key(sequence, is_pressing=True)
-        return [other for other in others if self._key(other) < key]
+        return [other for other in others if self._key(other) <= key]
 
     def _key(self, sequence: Sequence, is_pressing: bool = False) -> Key:
         request = sequence.request

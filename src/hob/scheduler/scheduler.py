@@ -130,7 +130,7 @@ class Scheduler:
         self._apps: dict[str, AppStats] = {}
         self._stats = Stats(num_blocks=num_blocks)
         self._is_spared = False
-        """A step was abandoned: the next one of lesser classes runs to its end."""
+        """A step was abandoned: the next one without interactive rows runs to its end."""
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -231,7 +231,7 @@ class Scheduler:
         self._stats.num_rows += plan.work.num_rows
         self._stats.step_s += step_s
         self.cost.observe(plan.work, step_s)
-        self._is_spared = self._is_spared and plan.urgent.num_rows == plan.work.num_rows
+        self._is_spared = self._is_spared and plan.urgent.num_rows > 0
         outputs = []
         shares = [self.cost.share(chunk.start, chunk.num_rows, len(plan.chunks)) for chunk in plan.chunks]
         scale = step_s / sum(shares)
