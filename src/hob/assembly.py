@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,11 @@ def make_server(config: Config, handle: EngineHandle, chosen: Chosen, created: i
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """See uvicorn. Streams that go on for ever end first: nobody needs to wait for them."""
+            services.observer.is_stopping = True
+            await super().shutdown(sockets)
 
     tokenizer, chat = _load_text(chosen)
     models = [ServedModel(chosen.name, created)]

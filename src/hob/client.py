@@ -85,6 +85,23 @@ class Client:
         """The engine's numbers, per app too, and the model."""
         return self._get("/hob/v1/stats")
 
+    def overview(self) -> Reply:
+        """The whole state of the service, as the page shows it. For its owner."""
+        return self._get("/hob/v1/overview")
+
+    def watch(self) -> Iterator[Reply]:
+        """The overview every second, until the service stops."""
+        with self._errors(), self._http.stream("GET", "/hob/v1/events") as response:
+            if response.status_code != 200:
+                response.read()
+                _reply_of(response)
+            yield from _events(response.iter_lines())
+
+    def dashboard(self) -> str:
+        """Path of a link that lets one browser see the page, once. For the service's owner."""
+        path: str = self._post("/hob/v1/dashboard", {})["path"]
+        return path
+
     @overload
     def chat(self, messages: Messages, *, stream: Literal[False] = False, **options: Any) -> Reply: ...
     @overload

@@ -43,6 +43,8 @@ class ServerConfig:
     """Port of the TCP listener. 0: any free one."""
     max_body_bytes: int = 8 << 20
     """Largest request body accepted."""
+    log_json: bool = False
+    """Log one JSON object a line instead of text."""
 
 
 @dataclass(frozen=True)

@@ -212,8 +212,10 @@ def test_foreign_origins_are_refused(http: httpx.Client, origin: str, method: st
     assert not [name for name in reply.headers if name.startswith("access-control")]
 
 
-def test_own_origin_is_accepted(http: httpx.Client, server: Server) -> None:
-    assert http.get("/health", headers={"origin": server.url}).status_code == 200
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_a_foreign_page_is_refused_where_it_sends_no_origin(http: httpx.Client, site: str) -> None:
+    reply = http.get("/health", headers={"sec-fetch-site": site})
+    assert (reply.status_code, error_of(reply)["param"]) == (403, "Sec-Fetch-Site")
 
 
 def test_404_and_405_have_the_same_shape(http: httpx.Client) -> None:

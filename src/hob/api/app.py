@@ -12,14 +12,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from hob import __version__
-from hob.api import contexts, info
+from hob.api import contexts, info, page
 from hob.api.call import Call
 from hob.api.chat import chat_completions
 from hob.api.classify import classify
 from hob.api.completions import completions
 from hob.api.edge import Edge
 from hob.api.embeddings import embeddings
+from hob.api.metrics import metrics
 from hob.api.openapi import document
+from hob.api.overview import events, overview
 from hob.api.replies import error_reply
 from hob.api.services import Services
 from hob.api.tokenize import tokenize
@@ -33,10 +35,14 @@ POSTS: dict[str, Route] = {
     "/v1/embeddings": embeddings,
     "/hob/v1/classify": classify,
     "/hob/v1/tokenize": tokenize,
+    page.LINK: page.make_link,
 }
 GETS: dict[str, Callable[[Call], Awaitable[Response]]] = {
     "/v1/models": info.list_models,
     "/hob/v1/stats": info.stats,
+    "/hob/v1/overview": overview,
+    "/hob/v1/events": events,
+    "/metrics": metrics,
     "/health": info.health,
 }
 
@@ -50,10 +56,13 @@ def create_app(services: Services) -> FastAPI:
     for path, get in GETS.items():
         app.router.add_route(path, _get(get), methods=["GET"])
     app.router.add_route("/v1/models/{name:path}", _model, methods=["GET"])
+    for path in page.FILES:
+        app.router.add_route(path, page.page, methods=["GET"])
+    app.router.add_route(page.ENTER + "{secret}", page.enter, methods=["GET"])
     contexts.register(app, _call)
     app.openapi = document  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(Edge, max_body_bytes=services.config.server.max_body_bytes)
+    app.add_middleware(Edge, services=services)
     return app
 
 

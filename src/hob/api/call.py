@@ -15,6 +15,7 @@ from hob.api.params import service_class
 from hob.api.services import Services
 from hob.api.stream import until_gone
 from hob.request import Kind, Request, ServiceClass
+from hob.service.identity import Caller
 
 T = TypeVar("T")
 
@@ -29,6 +30,9 @@ class Record:
     first_output_s: float | None = None
     """When the first output was there, on the clock of `started_s`."""
     totals: Totals = field(default_factory=Totals)
+    caller: Caller | None = None
+    service_class: str | None = None
+    """Once it is known."""
 
     def note_output(self) -> None:
         """Call at the first output; later calls change nothing."""
@@ -59,7 +63,9 @@ class Call:
 
     def class_of(self, class_field: str | None) -> ServiceClass:
         """The class asked for by field or header. Raises InvalidRequest."""
-        return service_class(class_field, self.class_header)
+        found = service_class(class_field, self.class_header)
+        self.record.service_class = found.name.lower()
+        return found
 
     async def while_connected(self, work: Coroutine[Any, Any, T]) -> T:
         """Run work that ends when the client leaves."""

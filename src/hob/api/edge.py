@@ -1,18 +1,22 @@
 """The outermost layer: which requests get in at all, in what shape errors leave, and the log line. Plain ASGI.
 
-Host allow-list (DNS rebinding) -> no foreign Origin -> identified caller -> JSON body within the limit -> routes
+Host allow-list (DNS rebinding) -> no foreign Origin -> of browsers, those that `hob dashboard` let in -> identified
+caller -> JSON body within the limit -> routes
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hob.api.call import Record
+from hob.api.page import ENTER, locked
 from hob.api.replies import error_reply, unexpected
+from hob.api.services import Services
 from hob.api.stream import ClientGone
 from hob.errors import HobError, InternalError, InvalidRequest, PermissionDenied, RequestTooLarge
 from hob.service.identity import Caller
@@ -24,20 +28,27 @@ CLIENT_GONE = 499
 """Status in the log of a request whose client left before the reply."""
 
 
+class NoSession(PermissionDenied):
+    """A browser that no link has let in."""
+
+
 class Edge:
     """Wraps the application. Puts a `Record` and the app's name into the request's state."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes = services.config.server.max_body_bytes
+        self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request. Every error becomes a reply here, or the end of the reply if one has begun."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = Record(app="-", endpoint=f"{scope['method']} {scope['path']}")
-        status = 0
+        path = ENTER + "..." if scope["path"].startswith(ENTER) else scope["path"]  # a secret belongs in no log
+        record = Record(app="-", endpoint=f"{scope['method']} {path}")
+        status, refusal = 0, None
+        observer = self._services.observer
 
         async def watched_send(message: Message) -> None:
             nonlocal status
@@ -48,16 +59,19 @@ class Edge:
         try:
             length = self._admit(scope, record)
             scope["state"]["record"] = record
+            observer.begin(record)
             await self._app(scope, self._limited(receive, length), watched_send)
         except (ClientGone, ClientDisconnect):
             status = CLIENT_GONE
         except Exception as error:
             if status:
                 raise  # the reply has begun: only closing the connection can say that it is not whole
-            known = error if isinstance(error, HobError) else unexpected(error)
-            await error_reply(known)(scope, receive, watched_send)
+            refusal = error if isinstance(error, HobError) else unexpected(error)
+            reply = locked() if isinstance(error, NoSession) and scope["path"] == "/" else error_reply(refusal)
+            await reply(scope, receive, watched_send)
         finally:
-            _log(record, status)
+            observer.end(record, _route_of(scope), status, refusal)
+            _log(record, status, refusal)
 
     def _admit(self, scope: Scope, record: Record) -> int:
         """Check all that can be told from the head. Returns the body's announced length, 0 if none is announced."""
@@ -77,14 +91,30 @@ class Edge:
             raise PermissionDenied(
                 f"header Origin is '{origin[:80]}'. Web pages may not use this service.", param="Origin"
             )
+        self._check_browser(scope["path"], headers)
         caller = scope["state"].get("caller")
         if isinstance(caller, HobError):
             raise caller
         if not isinstance(caller, Caller):
             raise InternalError("the connection was not identified. Run the app with http=HobProtocol.")
+        record.caller = caller
         declared = headers.get(b"x-hob-app")
         record.app = caller.app(None if declared is None else declared.decode("latin-1"))
         return self._check_body(scope["method"], headers)
+
+    def _check_browser(self, path: str, headers: dict[bytes, bytes]) -> None:
+        """A browser says where its request comes from. Ours comes from our page, and has the cookie of its link."""
+        site = headers.get(b"sec-fetch-site")
+        if site is None and b"origin" not in headers:
+            return
+        if site not in (None, b"same-origin", b"none"):
+            raise PermissionDenied(
+                f"header Sec-Fetch-Site is '{site.decode('latin-1')[:80]}'. Web pages may not use this service.",
+                param="Sec-Fetch-Site",
+            )
+        cookie = headers.get(b"cookie", b"").decode("latin-1")
+        if not path.startswith(ENTER) and not self._services.sessions.knows(cookie):
+            raise NoSession("this browser has no session. Open the page with `hob dashboard`.", param="Cookie")
 
     def _check_body(self, method: str, headers: dict[bytes, bytes]) -> int:
         if method in ("GET", "HEAD", "DELETE"):
@@ -122,6 +152,16 @@ class Edge:
         )
 
 
+def _route_of(scope: Scope) -> str:
+    """The path as its route is written, so that there are few of them: '/v1/models/{name}'. 'none': no route."""
+    if "endpoint" not in scope:
+        return "none"
+    path: str = scope["path"]
+    for name, value in scope.get("path_params", {}).items():
+        path = path.replace(str(value), f"{{{name}}}")
+    return path
+
+
 def _is_allowed(host: str) -> bool:
     """Whether a Host header names this machine's loopback, with any port."""
     name, colon, port = host.rpartition(":")
@@ -130,20 +170,33 @@ def _is_allowed(host: str) -> bool:
     return name in ALLOWED_HOSTS and (not port or port.isdigit())
 
 
-def _log(record: Record, status: int) -> None:
+def _log(record: Record, status: int, refusal: HobError | None) -> None:
     if not log.isEnabledFor(logging.INFO):
         return
     now = time.perf_counter()
     totals = record.totals
+    fields: dict[str, Any] = {"app": record.app, "endpoint": record.endpoint, "status": status}
     line = f"{record.app} {record.endpoint} {status}"
     if totals.num_prompt_tokens:
         cached = totals.num_cached_tokens
         known = "?" if cached is None else cached
         new = "?" if cached is None else totals.num_prompt_tokens - cached
         line += f" prompt {known}+{new} output {totals.num_output_tokens}"
+        fields |= {
+            "prompt_tokens": totals.num_prompt_tokens,
+            "cached_tokens": cached,
+            "output_tokens": totals.num_output_tokens,
+        }
+    if record.service_class is not None:
+        fields["class"] = record.service_class
     if record.first_output_s is not None:
-        line += f" ttft {1e3 * (record.first_output_s - record.started_s):.1f} ms"
+        fields["ttft_ms"] = round(1e3 * (record.first_output_s - record.started_s), 1)
+        line += f" ttft {fields['ttft_ms']:.1f} ms"
         decode_s = now - record.first_output_s
         if totals.num_output_tokens > 1 and decode_s > 0:
-            line += f" {(totals.num_output_tokens - 1) / decode_s:.1f} tok/s"
-    log.info("%s %.1f ms", line, 1e3 * (now - record.started_s))
+            fields["tok_s"] = round((totals.num_output_tokens - 1) / decode_s, 1)
+            line += f" {fields['tok_s']:.1f} tok/s"
+    if refusal is not None:
+        fields["code"] = refusal.code
+    fields["ms"] = round(1e3 * (now - record.started_s), 1)
+    log.info("%s %.1f ms", line, fields["ms"], extra={"fields": fields})

@@ -17,7 +17,7 @@ BODIES: dict[str, type[msgspec.Struct]] = {
     "/hob/v1/classify": ClassifyRequest,
     "/hob/v1/tokenize": TokenizeRequest,
 }
-GETS = ("/v1/models", "/v1/models/{name}", "/hob/v1/stats", "/health")
+GETS = ("/v1/models", "/v1/models/{name}", "/hob/v1/stats", "/hob/v1/overview", "/health")
 _ERROR = {
     "description": "What happened, the value, what was expected.",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},

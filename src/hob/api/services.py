@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
+from hob.api.sessions import Sessions
 from hob.config import Config
 from hob.errors import ModelNotFound
 from hob.kvcache.contexts import ContextStore
 from hob.messages import ModelInfo
 from hob.service.backend import Backend
+
+if TYPE_CHECKING:
+    from hob.api.observe import Observer
 
 
 class TextCodec(Protocol):
@@ -66,6 +71,15 @@ class Services:
     """What can be asked for by name. The first is the default."""
     contexts: ContextStore | None = None
     """Persistent contexts. None: they cannot be kept."""
+    sessions: Sessions = field(default_factory=Sessions)
+    """Browsers that were let in."""
+
+    @cached_property
+    def observer(self) -> Observer:
+        """What requests do."""
+        from hob.api.observe import Observer
+
+        return Observer(lambda: self.backend.stats)
 
     def resolve_model(self, name: str) -> ModelInfo:
         """The loaded model, if `name` means it: its name, 'default' or nothing.

@@ -32,7 +32,7 @@ def start_daemon(config: Config, flags: Mapping[str, Any]) -> DaemonState:
     """Run a detached `hob serve` and wait until it answers. Raises the error it ended with."""
     log_path = config.paths.home / "logs" / "hob.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    options = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+    options = [word for name, value in flags.items() for word in _option(name, value)]
     with log_path.open("ab") as log:
         start = log.tell()
         process = subprocess.Popen(
@@ -53,6 +53,14 @@ def start_daemon(config: Config, flags: Mapping[str, Any]) -> DaemonState:
             raise _death(process.returncode, log_path, start)
         time.sleep(0.02)
     raise ServiceError(f"the daemon (pid {process.pid}) did not answer within {START_TIMEOUT_S:.0f} s. See {log_path}.")
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """A flag as words of a command line."""
+    flag = f"--{name.replace('_', '-')}"
+    if value is None or value is False:
+        return []
+    return [flag] if value is True else [flag, str(value)]
 
 
 def is_healthy(socket_path: Path) -> bool:

@@ -14,7 +14,7 @@ import sys
 
 import typer
 
-from hob.cli import models, service, settings, show, talk
+from hob.cli import look, models, service, settings, show, talk
 from hob.errors import HobError, UserError
 
 INTERRUPTED = 130
@@ -58,6 +58,8 @@ for _command in (
     service.serve,
     service.stop,
     service.ps,
+    look.top,
+    look.dashboard,
     talk.run,
     talk.chat,
     talk.classify,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ def serve(
     socket: Annotated[str | None, typer.Option(help="Path of the Unix socket.")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads. 0: one per available core.")] = None,
     isa: Annotated[str | None, typer.Option(help="auto, portable, avx2 or avx512.")] = None,
+    log_json: Annotated[bool | None, typer.Option("--log-json", help="Log one JSON object a line.")] = None,
     foreground: Annotated[
         bool, typer.Option("--foreground/--background", help="Stay here and log to stderr, or detach.")
     ] = True,
@@ -33,7 +33,7 @@ def serve(
 
     All settings: `hob config`.
     """
-    flags = {"model": model, "port": port, "socket": socket, "threads": threads, "isa": isa}
+    flags = {"model": model, "port": port, "socket": socket, "threads": threads, "isa": isa, "log_json": log_json}
     from hob.config import load_config
 
     config, _ = load_config(flags)
@@ -45,13 +45,10 @@ def serve(
     import asyncio
     import logging
 
+    from hob import logs
     from hob.daemon import Daemon
 
-    logging.basicConfig(
-        level=os.environ.get("HOB_LOG", "INFO").upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    logs.set_up(config.server.log_json)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     asyncio.run(Daemon(config).run())
 

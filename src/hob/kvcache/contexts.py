@@ -108,6 +108,12 @@ class ContextStore:
             query = f"SELECT {_COLUMNS} FROM contexts WHERE app = ? ORDER BY updated DESC, id"
             return [self._record(row) for row in database.execute(query, (app,))]
 
+    def by_app(self) -> list[tuple[str, int, int]]:
+        """App, how many contexts it keeps, and of how many tokens. Raises StorageError."""
+        with self._transaction() as database:
+            query = "SELECT app, count(*), sum(num_tokens) FROM contexts GROUP BY app ORDER BY app"
+            return database.execute(query).fetchall()
+
     def read(self, app: str, context_id: str) -> tuple[ContextRecord, list[int]]:
         """A context and its tokens. Raises NotFound, StorageError."""
         with self._transaction() as database:

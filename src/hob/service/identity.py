@@ -38,6 +38,11 @@ class Caller:
     label: str
     """Name of its executable; 'tcp' over TCP, where no process is known."""
 
+    @property
+    def is_owner(self) -> bool:
+        """Whether this is the user the service runs for. Being uid 0 grants nothing by itself."""
+        return self.uid is not None and self.uid == os.getuid()
+
     def app(self, declared: str | None = None) -> str:
         """'<uid>/<label>': the key of fairness and accounting. `declared` replaces the label.
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from hob import logs
 from hob.config import EngineConfig, SchedulerConfig
 from hob.engine.base import BLOCK_SIZE, Engine
 from hob.errors import HobError, InternalError
@@ -193,5 +194,5 @@ def main(fd: int, spec: EngineSpec) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=os.environ.get("HOB_LOG", "INFO").upper(), format="%(levelname)s %(name)s: %(message)s")
+    logs.set_up(os.environ.get(logs.ENVIRONMENT) == "true", "%(levelname)s %(name)s: %(message)s")
     main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2].encode(), type=EngineSpec))
