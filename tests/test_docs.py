@@ -15,7 +15,9 @@ from hob.config import Config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = {str(command.name) for command in app.registered_commands}
+COMMANDS = {str(command.name) for command in app.registered_commands} | {
+    str(group.typer_instance.info.name) for group in app.registered_groups if group.typer_instance
+}
 
 
 def test_the_readme_names_every_command_and_no_other() -> None:

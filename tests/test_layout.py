@@ -43,7 +43,7 @@ FORBIDDEN_ABOVE: dict[str, set[str]] = {
     "api": {"daemon", "cli", "demo", "client", "engine", "scheduler", "lab"},
     "assembly": {"daemon", "cli", "demo", "client", "lab"},
     "daemon": {"cli", "demo", "client", "lab", "api", "models", "engine"},
-    "cli": {"engine", "scheduler", "kvcache", "service", "api"},
+    "cli": {"engine", "scheduler", "kvcache", "api"},  # of service: the policy and its log, which need no daemon
     "demo": {"engine", "scheduler", "kvcache", "service", "api"},
     "lab": {"cli", "demo", "daemon", "api"},
 }

@@ -5,6 +5,7 @@ Imports are inside the functions: the engine process must be on its way before t
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from hob.api.services import ChatCodec, TextCodec
     from hob.kvcache.contexts import ContextStore
     from hob.service.handle import EngineHandle
+    from hob.service.policy import Policy
 
 log = logging.getLogger("hob.daemon")
 
@@ -118,13 +120,17 @@ def _load_text(chosen: Chosen) -> tuple[TextCodec, ChatCodec]:
         return tokenizer, ChatEncoder(read_template(gguf.metadata), tokenizer)
 
 
-def _open_contexts(config: Config) -> ContextStore | None:
+def _open_contexts(config: Config, policy: Policy) -> ContextStore | None:
     """The apps' persistent contexts. A service that cannot keep any still answers everything else."""
     from hob.kvcache.contexts import ContextStore
     from hob.kvcache.keys import KeyRing
 
+    def limit(app: str) -> int:
+        said = policy.grant(app).rules.max_contexts
+        return config.contexts.max_contexts if said is None else said
+
     try:
-        return ContextStore(config.contexts_dir, KeyRing(config.keys_dir), config.contexts.max_contexts)
+        return ContextStore(config.contexts_dir, KeyRing(config.keys_dir), limit)
     except HobError as error:
         log.error("no persistent contexts: %s", error)
         return None
@@ -138,8 +144,14 @@ def make_server(config: Config, handle: EngineHandle, chosen: Chosen, created: i
     import uvicorn
 
     from hob.api.app import create_app
+    from hob.api.app_sockets import AppSockets
     from hob.api.protocol import HobProtocol
     from hob.api.services import ServedModel, Services
+    from hob.service.apps import Apps
+    from hob.service.audit import AuditLog
+    from hob.service.conditions import Conditions
+    from hob.service.gate import GatedBackend
+    from hob.service.policy import Policy
 
     class Server(uvicorn.Server):
         """Leaves the signals alone: the daemon has them, from before uvicorn was imported."""
@@ -151,14 +163,43 @@ def make_server(config: Config, handle: EngineHandle, chosen: Chosen, created: i
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             """See uvicorn. Streams that go on for ever end first: nobody needs to wait for them."""
             services.observer.is_stopping = True
+            app_sockets.close_all()
             await super().shutdown(sockets)
+            audit.close()
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            """See uvicorn; then the sockets of single apps."""
+            await super().startup(sockets)
+            await app_sockets.open_all(apps.file.sockets)
+
+        def make_protocol(self, app: str) -> asyncio.Protocol:
+            """For a connection through an app's own socket."""
+            state = {**self.lifespan.state, "socket_app": app}
+            return HobProtocol(config=self.config, server_state=self.server_state, app_state=state)
 
     tokenizer, chat = _load_text(chosen)
     models = [ServedModel(chosen.name, created)]
+    policy = Policy(config.policy_path)
+    conditions = Conditions(lambda: policy.file.background)
+    contexts = _open_contexts(config, policy)
+    apps = Apps(config.paths.home / "apps.json")
+    app_sockets = AppSockets(config.app_sockets_dir, lambda app: server.make_protocol(app))
+    audit = AuditLog(config.audit_dir, lambda: policy.file.audit)
     services = Services(
-        handle, tokenizer, chat, config, started_at=created, models=models, contexts=_open_contexts(config)
+        GatedBackend(handle, policy, conditions, contexts),
+        tokenizer,
+        chat,
+        config,
+        started_at=created,
+        models=models,
+        contexts=contexts,
+        apps=apps,
+        app_sockets=app_sockets,
+        policy=policy,
+        conditions=conditions,
+        audit=audit,
     )
-    return Server(
+    server = Server(
         uvicorn.Config(
             create_app(services),
             http=HobProtocol,
@@ -172,3 +213,4 @@ def make_server(config: Config, handle: EngineHandle, chosen: Chosen, created: i
             timeout_graceful_shutdown=grace_s,
         )
     )
+    return server

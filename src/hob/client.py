@@ -5,7 +5,7 @@
         print(client.classify("I want my money back", ["refund", "praise"])["label"])
 
 Replies are the JSON objects of the API. Errors are those of `hob.errors`, rebuilt from the reply. Before the first
-byte is sent over a Unix socket, the server must be of our uid or root: whoever squats on the path learns nothing.
+byte is sent, the server must be of our uid or root: whoever squats on the socket's path or on the port learns nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import msgspec
 
 from hob.config import load_config
 from hob.errors import DaemonUnreachable, HobError, InternalError, UserError
-from hob.unix_transport import UnixTransport
+from hob.unix_transport import LoopbackTransport, UnixTransport
 
 Reply = dict[str, Any]
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 Messages = str | list[dict[str, Any]]
 
 
@@ -54,6 +55,9 @@ class Client:
             self.address, transport = str(path), UnixTransport(str(path))
         else:
             self.address = base_url
+            url = httpx.URL(base_url)
+            if url.scheme == "http" and url.host in LOOPBACK:
+                transport = LoopbackTransport()
         self._http = httpx.Client(
             base_url=base_url or "http://localhost",
             transport=transport,
@@ -101,6 +105,20 @@ class Client:
         """Path of a link that lets one browser see the page, once. For the service's owner."""
         path: str = self._post("/hob/v1/dashboard", {})["path"]
         return path
+
+    def apps(self) -> list[Reply]:
+        """Apps with a key or a socket. For the service's owner."""
+        found: list[Reply] = self._get("/hob/v1/apps")["data"]
+        return found
+
+    def add_app(self, name: str, kind: Literal["key", "socket"]) -> Reply:
+        """Name an app: its key, this once, or the path of its socket. For the service's owner."""
+        return self._post("/hob/v1/apps", {"name": name, "kind": kind})
+
+    def remove_app(self, kind: str, name: str) -> Reply:
+        """Take a key or a socket back. For the service's owner."""
+        with self._errors():
+            return _reply_of(self._http.delete(f"/hob/v1/apps/{kind}/{name}"))
 
     @overload
     def chat(self, messages: Messages, *, stream: Literal[False] = False, **options: Any) -> Reply: ...

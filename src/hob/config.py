@@ -31,6 +31,8 @@ class PathConfig:
     """Models, contexts and state. Environment: HOB_HOME."""
     socket: Path | None = None
     """The service's Unix socket. Unset: $XDG_RUNTIME_DIR/hob/hob.sock, else run/hob.sock under `home`."""
+    policy: Path | None = None
+    """What each app may do. Unset: policy.toml beside hob.toml. It need not exist."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,21 @@ class Config:
         return (Path(runtime) / "hob" if runtime else self.paths.home / "run") / "hob.sock"
 
     @property
+    def policy_path(self) -> Path:
+        """policy.toml: set, or beside hob.toml."""
+        return self.paths.policy or _config_folder(os.environ) / "policy.toml"
+
+    @property
+    def app_sockets_dir(self) -> Path:
+        """Sockets of single apps."""
+        return self.socket_path.parent / "apps"
+
+    @property
+    def audit_dir(self) -> Path:
+        """The audit log."""
+        return self.paths.home / "audit"
+
+    @property
     def contexts_dir(self) -> Path:
         """Histories and KV of persistent contexts."""
         return self.paths.home / "contexts"
@@ -188,8 +205,13 @@ def _config_path(environ: Mapping[str, str]) -> Path:
         if not Path(explicit).is_file():
             raise ConfigError(f"HOB_CONFIG names '{explicit}', which is not a file")
         return Path(explicit)
-    base = environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
-    return Path(base) / "hob" / "hob.toml"
+    return _config_folder(environ) / "hob.toml"
+
+
+def _config_folder(environ: Mapping[str, str]) -> Path:
+    if explicit := environ.get("HOB_CONFIG"):
+        return Path(explicit).parent
+    return Path(environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")) / "hob"
 
 
 def _read_file(path: Path) -> dict[str, Any]:

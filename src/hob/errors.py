@@ -4,6 +4,7 @@
     ├── UserError                   the caller can mend it (HTTP 4xx; exit status 2 at the command line)
     │   ├── InvalidRequest      400 a field is wrong, unknown or contradicts another
     │   │   └── ContextLengthExceeded  the prompt does not fit the model's context
+    │   ├── Unauthorized        401 an API key is wrong
     │   ├── PermissionDenied    403 policy forbids it
     │   ├── NotFound            404 no such model, context, request
     │   ├── Conflict            409 a context is busy with another turn
@@ -36,6 +37,8 @@ class HobError(Exception):
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.policy: dict[str, object] | None = None
+        """Of a refusal by policy: the rule, the table it is in, the limit, the use so far."""
 
 
 class UserError(HobError):
@@ -54,6 +57,14 @@ class ContextLengthExceeded(InvalidRequest):
     """The prompt and the tokens asked for do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class Unauthorized(UserError):
+    """An API key of ours that is not, or no longer, one."""
+
+    status = 401
+    code = "invalid_api_key"
+    type = "authentication_error"
 
 
 class PermissionDenied(UserError):

@@ -1,4 +1,6 @@
-"""HTTP over a Unix socket whose server is known: connects, asks the kernel who listens, and only then sends.
+"""HTTP to a server that is known: connects, asks the kernel whose the other end is, and only then sends.
+
+    Unix socket     the credentials of who listens there        loopback TCP     the owner of the connection's other end
 
 A thin layer under httpx; knows nothing of what is asked.
 """
@@ -17,6 +19,16 @@ import httpx
 
 from hob.errors import PermissionDenied
 from hob.service.identity import peer_uid
+from hob.service.tcp_owner import listener_uid, socket_uid
+
+
+class LoopbackTransport(httpx.HTTPTransport):
+    """The same over loopback TCP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        assert hasattr(self, "_pool"), "httpx.HTTPTransport has no _pool: the server's uid would go unchecked"
+        self._pool = httpcore.ConnectionPool(network_backend=_CheckedBackend())
 
 
 class UnixTransport(httpx.HTTPTransport):
@@ -29,7 +41,28 @@ class UnixTransport(httpx.HTTPTransport):
 
 
 class _CheckedBackend(httpcore.NetworkBackend):
-    """Connects to Unix sockets that are served by our own uid or root."""
+    """Connects to sockets that are served by our own uid or root."""
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        """Raises PermissionDenied before anything is sent, if somebody else listens there."""
+        with _mapped(httpcore.ConnectTimeout, httpcore.ConnectError):
+            stream = _Stream(socket.create_connection((host, port), timeout))
+            stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            server, ours = stream.socket.getpeername()[:2], stream.socket.getsockname()[:2]
+            uid = socket_uid(server, ours)
+            _check_server(listener_uid(server) if uid is None else uid, f"{host}:{port}", "name another address")
+        except BaseException:
+            stream.close()
+            raise
+        return stream
 
     def connect_unix_socket(
         self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
@@ -40,16 +73,21 @@ class _CheckedBackend(httpcore.NetworkBackend):
             with _mapped(httpcore.ConnectTimeout, httpcore.ConnectError):
                 stream.socket.settimeout(timeout)
                 stream.socket.connect(path)
-            uid = peer_uid(stream.socket)
-            if uid not in (0, os.getuid()):
-                raise PermissionDenied(
-                    f"the socket {path} is served by uid {uid if uid is not None else 'unknown'}, expected "
-                    f"{os.getuid()} or root. Nothing was sent. Remove the socket, or name another with HOB_SOCKET."
-                )
+            _check_server(
+                peer_uid(stream.socket), f"the socket {path}", "remove the socket, or name another with HOB_SOCKET"
+            )
         except BaseException:
             stream.close()
             raise
         return stream
+
+
+def _check_server(uid: int | None, where: str, then: str) -> None:
+    if uid not in (0, os.getuid()):
+        raise PermissionDenied(
+            f"{where} is served by uid {uid if uid is not None else 'unknown'}, expected {os.getuid()} or root. "
+            f"Nothing was sent. To go on, {then}."
+        )
 
 
 class _Stream(httpcore.NetworkStream):

@@ -8,11 +8,13 @@ import os
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from hob.service.identity import _sandbox_or_unit
 from tests.api.conftest import Server, wait_for
 from tests.api.scripted import ScriptedBackend
 
@@ -257,7 +259,7 @@ def test_apps_and_classes(http: httpx.Client, server: Server, backend: ScriptedB
     http.post(CHAT, json=GOOD, headers={"x-hob-app": "notes", "x-hob-class": "background"})
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(server.socket_path)), base_url="http://x") as unix:
         unix.post(CHAT, json=GOOD)
-    executable = os.path.basename(os.readlink("/proc/self/exe"))
+    executable = _sandbox_or_unit(Path("/proc/self/cgroup")) or os.path.basename(os.readlink("/proc/self/exe"))
     apps = [request.app for request in backend.requests]
     assert apps == [f"{os.getuid()}/{label}" for label in ("tcp", "notes", executable)]
     assert [request.service_class.name for request in backend.requests] == ["STANDARD", "BACKGROUND", "STANDARD"]

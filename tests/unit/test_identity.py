@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hob.errors import InvalidRequest, PermissionDenied
-from hob.service.identity import Caller, identify_tcp, identify_unix, peer_uid
+from hob.service.identity import Caller, _sandbox_or_unit, identify_tcp, identify_unix, peer_uid
 from hob.service.tcp_owner import uid_by_diag, uid_by_proc
 
 
@@ -25,7 +25,9 @@ class FakePeer:
         self._raw = struct.pack("iII", pid, uid, uid)
 
     def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes:
-        assert (level, optname, buflen) == (socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        if optname != socket.SO_PEERCRED:
+            raise OSError("a kernel that knows nothing else")
+        assert (level, buflen) == (socket.SOL_SOCKET, 12)
         return self._raw
 
 
@@ -39,7 +41,7 @@ def test_unix_peer_of_this_process(tmp_path: Path) -> None:
         with accepted:
             caller = identify_unix(accepted)
             assert peer_uid(client) == os.getuid()
-    executable = os.path.basename(os.readlink("/proc/self/exe"))
+    executable = _sandbox_or_unit(Path("/proc/self/cgroup")) or os.path.basename(os.readlink("/proc/self/exe"))
     assert caller == Caller(os.getuid(), os.getpid(), executable)
     assert caller.app() == f"{os.getuid()}/{executable}"
 
@@ -149,3 +151,57 @@ class TestSocketTable:
 
     def test_no_table(self, tmp_path: Path) -> None:
         assert uid_by_proc(PEER, LOCAL, tmp_path) is None
+
+
+class LabelledPeer(FakePeer):
+    """A peer with a security label."""
+
+    def __init__(self, label: bytes) -> None:
+        super().__init__(7, 5)
+        self.label = label
+
+    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes:
+        return self.label if optname == socket.SO_PEERSEC else super().getsockopt(level, optname, buflen)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "boundary"),
+    [
+        (b"unconfined\0", b"unconfined\n", ""),
+        (b"snap.firefox.firefox (enforce)\0", b"unconfined\n", "5+snap.firefox.firefox"),
+        (b"snap.firefox.firefox (enforce)", b"snap.firefox.firefox (enforce)\n", ""),
+        (b"hob (complain)", b"unconfined\n", ""),
+        (b"unconfined_u:unconfined_r:unconfined_t:s0-s0:c0.c1023\0", b"", ""),
+        (b"system_u:system_r:container_t:s0:c1,c2\0", b"unconfined_u:unconfined_r:unconfined_t:s0", "5+container_t"),
+        (b"\0", b"", ""),
+    ],
+)
+def test_a_security_label_that_confines_is_a_boundary(
+    theirs: bytes, ours: bytes, boundary: str, tmp_path: Path
+) -> None:
+    (tmp_path / "self" / "attr").mkdir(parents=True)
+    (tmp_path / "self" / "attr" / "current").write_bytes(ours)
+    caller = identify_unix(LabelledPeer(theirs), tmp_path)
+    assert caller.boundary == boundary
+    assert caller.app("x") == f"{boundary or 5}/x"
+
+
+@pytest.mark.parametrize(
+    ("group", "label"),
+    [
+        (
+            "/user.slice/user-5.slice/user@5.service/app.slice/app-flatpak-org.gnome.Maps-812.scope",
+            "flatpak.org.gnome.Maps",
+        ),
+        ("/user.slice/user-5.slice/user@5.service/app.slice/snap.firefox.firefox-6f1a.scope", "snap.firefox"),
+        ("/user.slice/user-5.slice/user@5.service/app.slice/backup.service", "backup.service"),
+        ("/user.slice/user-5.slice/user@5.service", "python3"),
+        ("/user.slice/user-5.slice/session-2.scope", "python3"),
+        ("/", "python3"),
+    ],
+)
+def test_sandboxes_and_units_name_a_process(group: str, label: str, tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "exe").symlink_to("/usr/bin/python3")
+    (tmp_path / "7" / "cgroup").write_text(f"0::{group}\n")
+    assert identify_unix(FakePeer(7, 5), tmp_path).label == label

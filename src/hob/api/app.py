@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from hob import __version__
-from hob.api import contexts, info, page
+from hob.api import apps, contexts, info, page
 from hob.api.call import Call
 from hob.api.chat import chat_completions
 from hob.api.classify import classify
@@ -60,6 +60,7 @@ def create_app(services: Services) -> FastAPI:
         app.router.add_route(path, page.page, methods=["GET"])
     app.router.add_route(page.ENTER + "{secret}", page.enter, methods=["GET"])
     contexts.register(app, _call)
+    apps.register(app, _call)
     app.openapi = document  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(Edge, services=services)
@@ -73,7 +74,10 @@ def _call(request: Request) -> Call:
 
 def _post(route: Route) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
-        return await route(_call(request), await request.body())
+        call, raw = _call(request), await request.body()
+        if call.services.policy.file.audit.prompts:
+            call.record.body = raw.decode("utf-8", "replace")
+        return await route(call, raw)
 
     return endpoint
 

@@ -16,6 +16,7 @@ from hob.api.services import Services
 from hob.api.stream import until_gone
 from hob.request import Kind, Request, ServiceClass
 from hob.service.identity import Caller
+from hob.service.policy import Grant
 
 T = TypeVar("T")
 
@@ -31,8 +32,12 @@ class Record:
     """When the first output was there, on the clock of `started_s`."""
     totals: Totals = field(default_factory=Totals)
     caller: Caller | None = None
+    grant: Grant | None = None
+    """What the app may do."""
     service_class: str | None = None
     """Once it is known."""
+    body: str | None = None
+    """What was sent, if the owner wants it in the audit log."""
 
     def note_output(self) -> None:
         """Call at the first output; later calls change nothing."""
@@ -63,7 +68,10 @@ class Call:
 
     def class_of(self, class_field: str | None) -> ServiceClass:
         """The class asked for by field or header. Raises InvalidRequest."""
-        found = service_class(class_field, self.class_header)
+        asked = service_class(class_field, self.class_header)
+        is_asked = class_field is not None or self.class_header is not None
+        grant = self.record.grant
+        found = asked if grant is None else grant.service_class(asked if is_asked else None)
         self.record.service_class = found.name.lower()
         return found
 

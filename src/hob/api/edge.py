@@ -1,7 +1,7 @@
 """The outermost layer: which requests get in at all, in what shape errors leave, and the log line. Plain ASGI.
 
 Host allow-list (DNS rebinding) -> no foreign Origin -> of browsers, those that `hob dashboard` let in -> identified
-caller -> JSON body within the limit -> routes
+caller -> JSON body within the limit -> policy -> routes
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from hob.api.page import ENTER, locked
 from hob.api.replies import error_reply, unexpected
 from hob.api.services import Services
 from hob.api.stream import ClientGone
-from hob.errors import HobError, InternalError, InvalidRequest, PermissionDenied, RequestTooLarge
+from hob.errors import HobError, InternalError, InvalidRequest, PermissionDenied, RequestTooLarge, Unauthorized
+from hob.service.apps import KEY_PREFIX
+from hob.service.audit import Entry
 from hob.service.identity import Caller
 
 log = logging.getLogger("hob.api")
@@ -70,8 +72,10 @@ class Edge:
             reply = locked() if isinstance(error, NoSession) and scope["path"] == "/" else error_reply(refusal)
             await reply(scope, receive, watched_send)
         finally:
+            self._services.policy.leave(record.app, record.totals, time.monotonic())
             observer.end(record, _route_of(scope), status, refusal)
             _log(record, status, refusal)
+            self._note(record, status, refusal)
 
     def _admit(self, scope: Scope, record: Record) -> int:
         """Check all that can be told from the head. Returns the body's announced length, 0 if none is announced."""
@@ -97,10 +101,52 @@ class Edge:
             raise caller
         if not isinstance(caller, Caller):
             raise InternalError("the connection was not identified. Run the app with http=HobProtocol.")
-        record.caller = caller
+        caller = record.caller = self._known(caller, headers.get(b"authorization", b"").decode("latin-1"))
         declared = headers.get(b"x-hob-app")
         record.app = caller.app(None if declared is None else declared.decode("latin-1"))
-        return self._check_body(scope["method"], headers)
+        length = self._check_body(scope["method"], headers)
+        record.grant = self._services.policy.enter(record.app, scope["path"], record.totals, time.monotonic())
+        return length
+
+    def _known(self, caller: Caller, authorization: str) -> Caller:
+        """The caller as the owner named it: by the key it shows, or by the socket it came through."""
+        apps = self._services.apps
+        scheme, _, key = authorization.partition(" ")
+        if scheme.lower() == "bearer" and key.startswith(KEY_PREFIX):
+            if apps is None or (name := apps.app_of_key(key)) is None:
+                raise Unauthorized(
+                    "the API key is not, or no longer, one of this service. Make one with `hob app add NAME`; without "
+                    "a key of ours any other word will do.",
+                    param="Authorization",
+                )
+            return caller.with_key(name)
+        kind, _, name = caller.boundary.partition(":")
+        if kind == "socket" and (apps is None or name not in apps.file.sockets):
+            raise PermissionDenied(f"app '{name}' has no socket any more. Its owner took it back.")
+        return caller
+
+    def _note(self, record: Record, status: int, refusal: HobError | None) -> None:
+        """Into the audit log."""
+        if (audit := self._services.audit) is None:
+            return
+        caller, totals = record.caller, record.totals
+        audit.note(
+            Entry(
+                time=time.time(),
+                app=record.app,
+                uid=caller.uid if caller else None,
+                pid=caller.pid if caller else None,
+                endpoint=record.endpoint,
+                status=status,
+                code=refusal.code if refusal else None,
+                service_class=record.service_class,
+                prompt_tokens=totals.num_prompt_tokens,
+                cached_tokens=totals.num_cached_tokens,
+                output_tokens=totals.num_output_tokens,
+                ms=round(1e3 * (time.perf_counter() - record.started_s), 1),
+                body=record.body,
+            )
+        )
 
     def _check_browser(self, path: str, headers: dict[bytes, bytes]) -> None:
         """A browser says where its request comes from. Ours comes from our page, and has the cookie of its link."""

@@ -84,6 +84,7 @@ async def make_overview(services: Services) -> dict[str, Any]:
         "series": _series(observer),
         "memory": _memory(services, processes),
         "contexts": await _contexts(services),
+        "background_waits_for": services.conditions.waiting_for if services.conditions else "",
         "num_refusals": observer.num_refusals,
         "refusals": [msgspec.to_builtins(refusal) for refusal in reversed(observer.refusals)],
     }

@@ -29,7 +29,7 @@ class HobProtocol(HttpToolsProtocol):
             # asyncio does this only for sockets made with an explicit IPPROTO_TCP. Without it a token waits up to
             # 40 ms for the acknowledgement of the one before it (Nagle's algorithm).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.app_state = {**self.app_state, "caller": _identify(sock)}
+        self.app_state = {**self.app_state, "caller": _identify(sock, self.app_state.get("socket_app"))}
 
     def on_headers_complete(self) -> None:
         """Begin a request."""
@@ -90,8 +90,11 @@ class _HeadJoiner:
         return getattr(self._transport, name)
 
 
-def _identify(sock: Any) -> Caller | HobError:
+def _identify(sock: Any, socket_app: str | None) -> Caller | HobError:
+    """socket_app: the app whose own socket this came through."""
     try:
+        if socket_app is not None:
+            return identify_unix(sock).through_socket(socket_app)
         if sock.family == socket.AF_UNIX:
             return identify_unix(sock)
         return identify_tcp(sock.getpeername()[:2], sock.getsockname()[:2])

@@ -22,7 +22,8 @@ def json_reply(content: Any, status: int = 200, headers: dict[str, str] | None =
 
 def error_object(error: HobError) -> dict[str, Any]:
     """The body of an error reply."""
-    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+    fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return {"error": fields if error.policy is None else {**fields, "policy": error.policy}}
 
 
 def error_reply(error: HobError) -> Response:

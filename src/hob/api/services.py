@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from hob.api.app_sockets import AppSockets
 from hob.api.sessions import Sessions
 from hob.config import Config
 from hob.errors import ModelNotFound
 from hob.kvcache.contexts import ContextStore
 from hob.messages import ModelInfo
+from hob.service.apps import Apps
+from hob.service.audit import AuditLog
 from hob.service.backend import Backend
+from hob.service.conditions import Conditions
+from hob.service.policy import Policy
 
 if TYPE_CHECKING:
     from hob.api.observe import Observer
@@ -71,6 +78,13 @@ class Services:
     """What can be asked for by name. The first is the default."""
     contexts: ContextStore | None = None
     """Persistent contexts. None: they cannot be kept."""
+    apps: Apps | None = None
+    """Apps with a key or a socket. None: there are none."""
+    app_sockets: AppSockets | None = None
+    policy: Policy = field(default_factory=lambda: Policy(Path(os.devnull)))
+    conditions: Conditions | None = None
+    """When background work waits. None: never."""
+    audit: AuditLog | None = None
     sessions: Sessions = field(default_factory=Sessions)
     """Browsers that were let in."""
 

@@ -14,7 +14,7 @@ import sys
 
 import typer
 
-from hob.cli import look, models, service, settings, show, talk
+from hob.cli import apps, look, models, policy, service, settings, show, talk
 from hob.errors import HobError, UserError
 
 INTERRUPTED = 130
@@ -70,6 +70,10 @@ for _command in (
     show.demo,
 ):
     app.command(name=_command.__name__.removesuffix("_models"))(_command)
+
+
+for _group in (apps.group, policy.group):
+    app.add_typer(_group)
 
 
 def main(args: list[str] | None = None) -> None:

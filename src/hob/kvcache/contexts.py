@@ -16,7 +16,7 @@ import sqlite3
 import threading
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,10 @@ class ContextRecord:
 class ContextStore:
     """All contexts of a service. Another app's context is NotFound, as one that never was."""
 
-    def __init__(self, folder: Path, keys: KeyRing, max_contexts: int) -> None:
-        """Opens or makes the database. `max_contexts`: per app. Raises StorageError."""
+    def __init__(self, folder: Path, keys: KeyRing, max_contexts: int | Callable[[str], int]) -> None:
+        """Opens or makes the database. `max_contexts`: per app, or what gives it for an app. Raises StorageError."""
         self._keys = keys
-        self._max_contexts = max_contexts
+        self._limit = max_contexts if callable(max_contexts) else lambda app: max_contexts
         self._lock = threading.Lock()
         self._claimed: set[str] = set()
         try:
@@ -174,9 +174,9 @@ class ContextStore:
         context_id, now = f"ctx-{secrets.token_hex(12)}", time.time()
         with self._transaction() as database:
             (num_contexts,) = database.execute("SELECT count(*) FROM contexts WHERE app = ?", (app,)).fetchone()
-            if num_contexts >= self._max_contexts:
+            if num_contexts >= (limit := self._limit(app)):
                 raise RateLimited(
-                    f"app '{app}' has {num_contexts} contexts, the limit is {self._max_contexts} (setting "
+                    f"app '{app}' has {num_contexts} contexts, the limit is {limit} (setting or policy rule "
                     "'max_contexts'). Delete one: DELETE /hob/v1/contexts/{id}."
                 )
             if token_ids:

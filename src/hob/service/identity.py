@@ -1,20 +1,25 @@
 """Who is at the other end of a connection, as far as the operating system knows it.
 
-    Unix socket     SO_PEERCRED: uid and pid at connect time     boundary: the uid
-    loopback TCP    the uid of the peer's socket in the kernel's table; any uid but ours is refused
+    what separates one app from another (a boundary)                  what only names it (a label)
+    ------------------------------------------------                  ----------------------------
+    uid               SO_PEERCRED, or the kernel's socket table       executable, systemd unit, Flatpak or Snap id,
+    security label    SO_PEERSEC, where it is not ours                X-Hob-App: a process of the same uid can take
+    per-app socket    whoever reaches it is that app                  any of them
+    API key           whoever has it is that app
 
-The uid separates; the executable's name and a self-declared name are labels for accounting, not a boundary: a process
-of the same uid can take any of them. A peer in another namespace (pid 0 or uid 65534) is unknown. No HTTP here.
+An app is '<boundary>/<label>', so no label reaches over a boundary. A peer in another namespace (pid 0 or uid 65534) is
+unknown and gets the least; uid 0 grants nothing by itself. docs/security.md says what this cannot do. No HTTP here.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import select
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,8 +29,12 @@ from hob.service.tcp_owner import End, socket_uid
 OVERFLOW_UID = 65534
 """What the kernel says of a uid that has no name in our user namespace."""
 _CREDENTIALS = struct.Struct("iII")
+_SO_PEERPIDFD = 77
+"""Linux 6.5 and newer; the socket module does not name it."""
 _LABEL = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NOT_LABEL = re.compile(r"[^A-Za-z0-9._-]+")
+_FLATPAK = re.compile(r"app-flatpak-(.+)-\d+\.scope")
+_SNAP = re.compile(r"snap\.([^.]+)\..*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +45,17 @@ class Caller:
     """None: unknown, of another namespace."""
     pid: int | None
     label: str
-    """Name of its executable; 'tcp' over TCP, where no process is known."""
+    """What it is called for accounting; 'tcp' over TCP, where no process is known."""
+    boundary: str = ""
+    """What separates it beside the uid: 'socket:NAME', 'key:NAME', '<uid>+<security label>'. Empty: the uid alone."""
 
     @property
     def is_owner(self) -> bool:
-        """Whether this is the user the service runs for. Being uid 0 grants nothing by itself."""
-        return self.uid is not None and self.uid == os.getuid()
+        """Whether this is the user the service runs for, outside of any boundary. Being uid 0 grants nothing."""
+        return self.uid is not None and self.uid == os.getuid() and not self.boundary
 
     def app(self, declared: str | None = None) -> str:
-        """'<uid>/<label>': the key of fairness and accounting. `declared` replaces the label.
+        """'<boundary>/<label>': the key of fairness, policy and accounting. `declared` replaces the label.
 
         Raises InvalidRequest when `declared` is not 1 to 64 letters, digits, dots, dashes and underscores.
         """
@@ -53,7 +64,15 @@ class Caller:
                 f"header X-Hob-App is '{declared[:80]}'. Expected 1 to 64 of: letters, digits, '.', '_', '-'.",
                 param="X-Hob-App",
             )
-        return f"{'unknown' if self.uid is None else self.uid}/{declared or self.label}"
+        return f"{self.boundary or ('unknown' if self.uid is None else self.uid)}/{declared or self.label}"
+
+    def through_socket(self, name: str) -> Caller:
+        """The same peer, having come through the socket of an app."""
+        return replace(self, boundary=f"socket:{name}", label="app")
+
+    def with_key(self, name: str) -> Caller:
+        """The same peer, having shown the key of an app."""
+        return replace(self, boundary=f"key:{name}", label="app")
 
 
 class Peer(Protocol):
@@ -70,7 +89,9 @@ def identify_unix(sock: Peer, proc: Path = Path("/proc")) -> Caller:
     pid, uid, _ = _CREDENTIALS.unpack(raw)
     if pid == 0 or uid == OVERFLOW_UID:
         return Caller(None, None, "unknown")
-    return Caller(uid, pid, _executable(proc / str(pid) / "exe"))
+    confined = _confinement(sock, proc)
+    boundary = f"{uid}+{confined}" if confined else ""
+    return Caller(uid, pid, _label_of(sock, pid, proc), boundary)
 
 
 def identify_tcp(peer: End, local: End, find_uid: Callable[[End, End], int | None] = socket_uid) -> Caller:
@@ -93,7 +114,88 @@ def identify_tcp(peer: End, local: End, find_uid: Callable[[End, End], int | Non
 
 def peer_uid(sock: Peer) -> int | None:
     """The uid behind a connected Unix socket, for a client that checks its server. None: unknown."""
-    return identify_unix(sock).uid
+    pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return None if pid == 0 or uid == OVERFLOW_UID else uid
+
+
+# ---- the security label ----
+
+
+def _confinement(sock: Peer, proc: Path) -> str | None:
+    """A name for the peer's security label where it confines the peer and is not our own. None: it does not."""
+    try:
+        theirs = _text(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERSEC, 4096))
+    except OSError:  # no security module that labels sockets
+        return None
+    try:
+        ours = _text((proc / "self/attr/current").read_bytes())
+    except OSError:
+        ours = ""
+    name = _domain(theirs)
+    return None if name is None or name == _domain(ours) else _NOT_LABEL.sub("_", name)[:64] or "unnamed"
+
+
+def _domain(label: str) -> str | None:
+    """'snap.x.y (enforce)' -> 'snap.x.y', 'u:r:t:s0' -> 't'. None where nothing is enforced."""
+    if label.count(":") >= 3:
+        kind = label.split(":")[2]
+        return None if kind == "unconfined_t" else kind
+    if label in ("", "unconfined") or label.endswith(("(complain)", "(unconfined)")):
+        return None
+    return label.removesuffix(" (enforce)")
+
+
+def _text(raw: bytes) -> str:
+    return raw.rstrip(b"\0\n").decode("utf-8", "replace")
+
+
+# ---- the label ----
+
+
+def _label_of(sock: Peer, pid: int, proc: Path) -> str:
+    """What the process is called: sandbox id, unit or executable. 'unknown' once the process has ended.
+
+    The kernel's handle of the peer says whether the process still lives after /proc was read: only then was it not read
+    of another process that got its number.
+    """
+    handle = _process_handle(sock)
+    try:
+        label = _sandbox_or_unit(proc / str(pid) / "cgroup") or _executable(proc / str(pid) / "exe")
+        if handle is not None and _has_ended(handle):
+            return "unknown"
+        return label
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _process_handle(sock: Peer) -> int | None:
+    """A pidfd of the process that connected. None: the kernel is older than that."""
+    try:
+        (handle,) = struct.unpack("i", sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4))
+    except (OSError, struct.error):
+        return None
+    return int(handle)
+
+
+def _has_ended(handle: int) -> bool:
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _sandbox_or_unit(path: Path) -> str | None:
+    """Flatpak and Snap apps and systemd services have a control group named after them."""
+    try:
+        name = path.read_text().strip().rpartition("/")[2]
+    except (OSError, UnicodeDecodeError):
+        return None
+    for kind, pattern in (("flatpak", _FLATPAK), ("snap", _SNAP)):
+        if found := pattern.fullmatch(name):
+            return _NOT_LABEL.sub("_", f"{kind}.{found[1]}")[:64]
+    if name.endswith(".service") and not name.startswith("user@"):
+        return _NOT_LABEL.sub("_", name)[:64]
+    return None
 
 
 def _executable(link: Path) -> str:

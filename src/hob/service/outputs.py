@@ -49,6 +49,17 @@ class Outputs:
             self._items.append(item)
             waiter.set_result(None)
 
+    def after(self, gate: Callable[[Request], Awaitable[None]]) -> Outputs:
+        """Await `gate` before the request is handed to the engine; what it raises is what the iteration raises."""
+        begin = self._begin
+
+        async def gated(outputs: Outputs) -> None:
+            await gate(outputs.request)
+            await begin(outputs)
+
+        self._begin = gated
+        return self
+
     def divert(self, sink: Sink) -> None:
         """From now on, offer outputs to `sink` first whenever the reader waits; but not the last of a sequence."""
         self._sink = sink

@@ -41,25 +41,52 @@ def socket_uid(peer: End, local: End) -> int | None:
         return uid_by_proc(peer, local)
 
 
+def listener_uid(address: End) -> int | None:
+    """uid of the socket that listens on an address, as a connection to it would find it. None: there is none.
+
+    For a client that checks its server: a connection that waits to be accepted has no process behind it yet.
+    """
+    family = socket.AF_INET if _address(address[0]).version == 4 else socket.AF_INET6
+    nobody = ("0.0.0.0", 0) if family == socket.AF_INET else ("::", 0)
+    try:
+        reply = _ask(family, address, nobody)
+    except OSError:
+        reply = None
+    if reply is None:
+        return next((uid for kind in ("tcp", "tcp6") if (uid := _listener_in(kind, address)) is not None), None)
+    uid, inode = _OWNER.unpack_from(reply, _OWNER_AT)
+    return uid if inode else None
+
+
 def uid_by_diag(peer: End, local: End) -> int | None:
     """The same through sock_diag(7). Raises OSError where that is not to be had."""
-    source, destination = _address(peer[0]), _address(local[0])
-    family = socket.AF_INET if source.version == 4 else socket.AF_INET6
-    ends = _PORTS.pack(peer[1], local[1]) + source.packed.ljust(16, b"\0") + destination.packed.ljust(16, b"\0")
-    socket_id = ends + struct.pack("=III", 0, _ANY_COOKIE, _ANY_COOKIE)
+    family = socket.AF_INET if _address(peer[0]).version == 4 else socket.AF_INET6
+    reply = _ask(family, peer, local)
+    if reply is None:
+        return uid_by_proc(peer, local)  # no such socket, or a kernel without tcp_diag; the table tells which
+    # Where no connection matches, the kernel answers with a listener on the peer's port: not what was asked for.
+    ends = _ends(peer, local)
+    if reply[_HEADER.size + 4 :][: len(ends)] != ends:
+        return None
+    uid, inode = _OWNER.unpack_from(reply, _OWNER_AT)
+    return uid if inode else None
+
+
+def _ends(own: End, other: End) -> bytes:
+    addresses = (_address(end[0]).packed.ljust(16, b"\0") for end in (own, other))
+    return _PORTS.pack(own[1], other[1]) + b"".join(addresses)
+
+
+def _ask(family: int, own: End, other: End) -> bytes | None:
+    """The kernel's row of the socket with these ends, as a whole reply. None: it has none. Raises OSError."""
+    socket_id = _ends(own, other) + struct.pack("=III", 0, _ANY_COOKIE, _ANY_COOKIE)
     request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF) + socket_id
     with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG) as netlink:
         netlink.settimeout(1.0)
         length = _HEADER.size + len(request)
         netlink.send(_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + request)
         reply = netlink.recv(4096)
-    if _HEADER.unpack_from(reply)[1] != _SOCK_DIAG_BY_FAMILY:
-        return uid_by_proc(peer, local)  # ENOENT: no such socket, or a kernel without tcp_diag; the table tells which
-    # Where no connection matches, the kernel answers with a listener on the peer's port: not what was asked for.
-    if reply[_HEADER.size + 4 :][: len(ends)] != ends:
-        return None
-    uid, inode = _OWNER.unpack_from(reply, _OWNER_AT)
-    return uid if inode else None
+    return reply if _HEADER.unpack_from(reply)[1] == _SOCK_DIAG_BY_FAMILY else None
 
 
 def uid_by_proc(peer: End, local: End, proc: Path = Path("/proc")) -> int | None:
@@ -83,6 +110,18 @@ def _uid_in(table: Path, ends: str) -> int | None:
     # after the ends: state, tx:rx queues, timer:when, retransmits, uid, timeout, inode
     fields = text[at + len(ends) :].split(maxsplit=7)
     return int(fields[4]) if fields[6] != "0" else None
+
+
+def _listener_in(kind: str, address: End, proc: Path = Path("/proc")) -> int | None:
+    """The same from a text table: the address itself before the wildcard."""
+    try:
+        rows = [line.split() for line in (proc / "net" / kind).read_text().splitlines()[1:]]
+    except OSError:
+        return None
+    listening = {row[1]: int(row[7]) for row in rows if row[3] == "0A"}
+    anywhere = ("0.0.0.0" if kind == "tcp" else "::", address[1])
+    ours = _in_table(address, kind)
+    return listening.get(ours, listening.get(_in_table(anywhere, kind)))
 
 
 def _address(text: str) -> IPv4Address | IPv6Address:

@@ -1,0 +1,46 @@
+"""A backend with the policy before it: each request is checked, weighed and, if it is background work, may wait.
+
+The one place where what a request asks of the engine meets what its app may have; no route can forget it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from hob.kvcache.contexts import ContextStore
+from hob.request import Request, ServiceClass
+from hob.service.backend import Backend
+from hob.service.conditions import Conditions
+from hob.service.outputs import Outputs
+from hob.service.policy import Policy
+
+
+class GatedBackend:
+    """A Backend. What is not said here goes through."""
+
+    def __init__(
+        self, backend: Backend, policy: Policy, conditions: Conditions, contexts: ContextStore | None = None
+    ) -> None:
+        self._backend = backend
+        self._policy = policy
+        self._conditions = conditions
+        self._contexts = contexts
+
+    def submit(self, request: Request) -> Outputs:
+        """See `Backend`. Refusals come when the iteration begins, before anything is sent."""
+        return self._backend.submit(request).after(self._pass)
+
+    async def _pass(self, request: Request) -> None:
+        grant = self._policy.grant(request.app)
+        grant.check_model(request.model or self._backend.model.name)
+        request.weight = grant.weight
+        if request.context_id is not None and self._contexts is not None and grant.rules.context_bytes is not None:
+            rows = await asyncio.to_thread(self._contexts.by_app)
+            num_tokens = sum(tokens for app, _, tokens in rows if app == request.app)
+            grant.check_context_bytes(num_tokens * self._backend.model.kv_bytes_per_token)
+        if request.service_class is ServiceClass.BACKGROUND:
+            await self._conditions.clear()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
