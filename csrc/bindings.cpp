@@ -32,11 +32,9 @@ T field(const nb::dict& network, const char* name) {
 
 // Switches of architectures that the forward pass does not have yet must be at their neutral value.
 void require_neutral(const nb::dict& network) {
-  for (const char* name : {"qkv_bias", "qk_norm", "post_norms", "sliding_window", "logit_softcap", "attention_softcap", "num_experts"})
+  for (const char* name : {"logit_softcap", "attention_softcap", "num_experts"})
     if (network.contains(name) && nb::cast<double>(nb::float_(network[name])) != 0.0)
       refuse("network: ", name, " is not supported by this version (architecture '", field<std::string>(network, "architecture"), "')");
-  if (const auto activation = field<std::string>(network, "activation"); activation != "silu")
-    refuse("network: activation '", activation, "' is not supported by this version, expected 'silu'");
 }
 
 Network network_from(const nb::dict& d) {
@@ -59,6 +57,14 @@ Network network_from(const nb::dict& d) {
   n.is_head_tied = field<bool>(d, "tied_head");
   n.embedding_scale = field<float>(d, "embedding_scale");
   n.attention_scale = field<float>(d, "attention_scale");
+  n.has_qkv_bias = field<bool>(d, "qkv_bias");
+  n.has_qk_norm = field<bool>(d, "qk_norm");
+  n.is_qk_norm_joint = field<bool>(d, "qk_norm_joint");
+  n.has_post_norms = field<bool>(d, "post_norms");
+  n.activation = field<std::string>(d, "activation");
+  n.sliding_window = field<int>(d, "sliding_window");
+  n.sliding_layers = field<std::vector<uint8_t>>(d, "sliding_layers");
+  n.sliding_rope_theta = field<double>(d, "sliding_rope_theta");
   return n;
 }
 

@@ -67,12 +67,13 @@ Result2<float> rms_norm(const std::string& isa, const Matrix2<float>& x, const A
   return copied_rows(out.data(), rows, n, wide);
 }
 
-// silu(gate) * up, 32 values a row.
-Result2<float> silu_mul(const std::string& isa, const Matrix2<float>& gate, const Matrix2<float>& up) {
+// activation(gate) * up, 32 values a row.
+Result2<float> gate_mul(const std::string& isa, const std::string& activation, const Matrix2<float>& gate,
+                        const Matrix2<float>& up) {
   if (gate.shape(1) != 32 || up.shape(1) != 32 || gate.shape(0) != up.shape(0)) refuse("gate and up must be (R, 32)");
   float* out;
   auto result = new_matrix<float>(gate.shape(0), 32, &out);
-  kernels_for(isa)->silu_mul(gate.data(), up.data(), static_cast<int>(gate.shape(0)) * 32, out);
+  gate_kernel(*kernels_for(isa), activation)(gate.data(), up.data(), static_cast<int>(gate.shape(0)) * 32, out);
   return result;
 }
 
@@ -88,9 +89,9 @@ Result2<float> rope(const std::string& isa, const Matrix2<float>& x, const Matri
 }
 
 // query (R, A, D) over keys and values (T, B, D), row r seeing lengths[r] of them, through blocks laid in reverse.
-// is_split: chunk by chunk, then merged. Scores are query . key: the scale is the caller's.
+// is_split: chunk by chunk, then merged. Scores are query . key: the scale is the caller's. window: 0 for none.
 Result3 attention(const std::string& isa, const Floats3& query, const Floats3& keys, const Floats3& values,
-                  const Array<int32_t>& lengths, bool is_split) {
+                  const Array<int32_t>& lengths, bool is_split, int window) {
   const Kernels& kernels = *kernels_for(isa);
   const auto rows = static_cast<int>(query.shape(0)), heads = static_cast<int>(query.shape(1)), dim = static_cast<int>(query.shape(2));
   const auto tokens = static_cast<int>(keys.shape(0)), kv_heads = static_cast<int>(keys.shape(1));
@@ -140,7 +141,7 @@ Result3 attention(const std::string& isa, const Floats3& query, const Floats3& k
       const int chunks = (longest - 1) / kChunkKeys + 1;
       AttentionCall call = {q, n, o, count, dim, table.data(), reinterpret_cast<uint8_t*>(pool + static_cast<size_t>(h) * head_halves),
                             reinterpret_cast<uint8_t*>(pool + static_cast<size_t>(kv_heads + h) * head_halves),
-                            block_halves * 2, 0, chunks, is_split, scratch};
+                            block_halves * 2, 0, chunks, is_split, scratch, window};
       if (!is_split) {
         kernels.attention(&call);
         continue;
@@ -162,9 +163,9 @@ void bind_kernels(nb::module_& m) {
   using namespace nb::literals;
   m.def("kernel_linear", &linear, "isa"_a, "kind"_a, "data"_a, "n"_a, "k"_a, "x"_a);
   m.def("kernel_rms_norm", &rms_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a);
-  m.def("kernel_silu_mul", &silu_mul, "isa"_a, "gate"_a, "up"_a);
+  m.def("kernel_gate_mul", &gate_mul, "isa"_a, "activation"_a, "gate"_a, "up"_a);
   m.def("kernel_rope", &rope, "isa"_a, "x"_a, "cos"_a, "sin"_a);
-  m.def("kernel_attention", &attention, "isa"_a, "query"_a, "keys"_a, "values"_a, "lengths"_a, "is_split"_a);
+  m.def("kernel_attention", &attention, "isa"_a, "query"_a, "keys"_a, "values"_a, "lengths"_a, "is_split"_a, "window"_a = 0);
 }
 
 }  // namespace hob

@@ -1,4 +1,5 @@
-// The forward pass of the llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+// The forward pass of decoder-only transformers: RMSNorm, RoPE, grouped-query attention, gated FFN. A family is what its
+// Layer has beside the matrices (model.h): biases, norms of Q and K, norms before the residual sums, a sliding window.
 //
 // The same building blocks run under two schedules:
 //
@@ -122,20 +123,30 @@ class Step {
   // ---- rows in ----
 
   void embed() {
-    const int step = 16, stride = m_.hidden_padded(), half = static_cast<int>(m_.rope_frequency.size());
+    const int step = 16, stride = m_.hidden_padded();
     timed(kEmbed, (b_.num_rows + step - 1) / step, [&](int piece, int) {
       for (int r = piece * step; r < std::min(b_.num_rows, (piece + 1) * step); ++r) {
         float* x = w_.x + static_cast<ptrdiff_t>(r) * stride;
         unpack_row(m_.embedding.kind, m_.embedding.data, net_.hidden_size, b_.token[r], stride, x);
         if (net_.embedding_scale != 1.0f)
           for (int i = 0; i < net_.hidden_size; ++i) x[i] *= net_.embedding_scale;
-        for (int i = 0; i < half; ++i) {
-          const double angle = b_.position[r] * m_.rope_frequency[static_cast<size_t>(i)];
-          w_.cos[static_cast<ptrdiff_t>(r) * half + i] = static_cast<float>(std::cos(angle));
-          w_.sin[static_cast<ptrdiff_t>(r) * half + i] = static_cast<float>(std::sin(angle));
-        }
+        for (size_t rope = 0; rope < m_.rope_frequencies.size(); ++rope) turn(rope, r);
       }
     });
+  }
+
+  // How far each pair of dimensions of row r turns, under one of the model's bases.
+  void turn(size_t rope, int r) {
+    const ptrdiff_t at = angles_at(rope, r);
+    for (int i = 0; i < m_.half_rope(); ++i) {
+      const double angle = b_.position[r] * m_.rope_frequencies[rope][static_cast<size_t>(i)];
+      w_.cos[at + i] = static_cast<float>(std::cos(angle));
+      w_.sin[at + i] = static_cast<float>(std::sin(angle));
+    }
+  }
+
+  ptrdiff_t angles_at(size_t rope, int r) const {
+    return (static_cast<ptrdiff_t>(rope) * w_.max_rows + r) * m_.half_rope();
   }
 
   // ---- inputs of linear layers, rows first .. first + count ----
@@ -239,8 +250,8 @@ class Step {
   }
 
   // QKV is worked on in units of one head, so that the thread that has a head's values rotates and stores them too.
-  // A head that does not fill panels (head_dim % 32 != 0) makes its whole matrix one unit.
-  bool is_head_unit() const { return net_.head_dim % kPanel == 0; }
+  // A head that does not fill panels (head_dim % 32 != 0), or is normalised with the others, makes its whole matrix one unit.
+  bool is_head_unit() const { return net_.head_dim % kPanel == 0 && !net_.is_qk_norm_joint; }
   int num_units() const { return is_head_unit() ? net_.num_heads + 2 * net_.num_kv_heads : 3; }
 
   void qkv_unit(int layer, int unit, const Acts& acts, int first, int count, Scratch& s) {
@@ -254,18 +265,36 @@ class Step {
     float* base = is_query ? w_.q + static_cast<ptrdiff_t>(first) * w_.q_stride : s.heads;
     const ptrdiff_t stride = is_query ? w_.q_stride : padded(m_.kv_size());
     project(matrix, acts, count, local * panels, (local + 1) * panels, base, stride, false);
-    for (int i = 0; i < count; ++i)
+    const float* bias = is_query ? l.q_bias : (is_key ? l.k_bias : l.v_bias);
+    const float* norm = is_query ? l.q_norm : (is_key ? l.k_norm : nullptr);
+    for (int i = 0; i < count; ++i) {
+      float* row = base + i * stride;
+      if (bias) add(bias + first_head * net_.head_dim, heads * net_.head_dim, row + first_head * net_.head_dim);
+      if (norm && net_.is_qk_norm_joint) normalise_in_place(row, norm, heads * net_.head_dim, s);
       for (int h = first_head; h < first_head + heads; ++h) {
-        float* head = base + i * stride + h * net_.head_dim;
-        if (is_query) rotate(first + i, head, m_.attention_scale);
+        float* head = row + h * net_.head_dim;
+        if (norm && !net_.is_qk_norm_joint) normalise_in_place(head, norm, net_.head_dim, s);
+        if (is_query) rotate(l, first + i, head, m_.attention_scale);
         else store(layer, first + i, h, head, is_key);
       }
+    }
   }
 
-  void rotate(int r, float* head, float scale) {
-    const auto half = static_cast<int>(m_.rope_frequency.size());
-    const ptrdiff_t at = static_cast<ptrdiff_t>(r) * half;
-    k_.rope(head, w_.cos + at, w_.sin + at, half, net_.head_dim, scale);
+  static void add(const float* x, int n, float* to) {
+    for (int i = 0; i < n; ++i) to[i] += x[i];
+  }
+
+  // Kernels work on whole vectors of 32, and what lies behind n values of a row may be the next head's.
+  void normalise_in_place(float* x, const float* weight, int n, Scratch& s) {
+    std::copy_n(x, n, s.row);
+    std::fill(s.row + n, s.row + padded(n), 0.0f);
+    k_.rms_norm(s.row, weight, n, padded(n), net_.rms_eps, s.row);
+    std::copy_n(s.row, n, x);
+  }
+
+  void rotate(const Layer& l, int r, float* head, float scale) {
+    const ptrdiff_t at = angles_at(m_.rope_of(l), r);
+    k_.rope(head, w_.cos + at, w_.sin + at, m_.half_rope(), net_.head_dim, scale);
   }
 
   void store(int layer, int r, int head, float* values, bool is_key) {
@@ -273,7 +302,7 @@ class Step {
     const int slot = b_.index[r] % kBlockTokens;
     uint8_t* block = pool_.block(b_.blocks[table + b_.index[r] / kBlockTokens]);
     if (is_key) {
-      rotate(r, values, 1.0f);
+      rotate(m_.layers[static_cast<size_t>(layer)], r, values, 1.0f);
       k_.store_key(values, net_.head_dim, reinterpret_cast<uint16_t*>(block + pool_.key_offset(layer, head)), slot);
     } else {
       k_.store_value(values, net_.head_dim, reinterpret_cast<uint16_t*>(block + pool_.value_offset(layer, head)), slot);
@@ -284,7 +313,7 @@ class Step {
     const Layer& l = m_.layers[static_cast<size_t>(layer)];
     project(l.gate, in, count, p, p + 1, s.gate - p * kPanel, kPanel, false);
     project(l.up, in, count, p, p + 1, s.up - p * kPanel, kPanel, false);
-    k_.silu_mul(s.gate, s.up, count * kPanel, s.gate);
+    m_.gate_mul(s.gate, s.up, count * kPanel, s.gate);
     for (int i = 0; i < count; ++i) {
       const float* y = s.gate + i * kPanel;
       if (l.down.is_quantised())
@@ -292,6 +321,27 @@ class Step {
       else
         std::copy_n(y, kPanel, ffn.rows + static_cast<ptrdiff_t>(i) * ffn.stride + p * kPanel);
     }
+  }
+
+  // ---- residual sums of rows first .. first + count ----
+
+  // Where attention or FFN put what they give: onto the residual stream, or aside if it is normalised before the sum.
+  float* branch(const float* post_norm, int first) {
+    return (post_norm ? w_.branch : w_.x) + static_cast<ptrdiff_t>(first) * m_.hidden_padded();
+  }
+
+  void add_branch(const float* post_norm, int first, int count, Scratch& s) {
+    if (!post_norm) return;
+    for (int r = first; r < first + count; ++r) {
+      k_.rms_norm(branch(post_norm, r), post_norm, net_.hidden_size, m_.hidden_padded(), net_.rms_eps, s.row);
+      add(s.row, net_.hidden_size, row_x(r));
+    }
+  }
+
+  // The same, rows shared out among the threads.
+  void add_branches(Phase phase, const float* post_norm) {
+    if (post_norm)
+      timed(phase, b_.num_rows, [&](int r, int thread) { add_branch(post_norm, r, 1, scratch(thread)); });
   }
 
   // ---- attention ----
@@ -322,7 +372,8 @@ class Step {
                                 piece.first_chunk,
                                 piece.end_chunk,
                                 piece.is_partial,
-                                s.attention};
+                                s.attention,
+                                m_.layers[static_cast<size_t>(layer)].is_sliding ? net_.sliding_window : 0};
     k_.attention(&call);
   }
 
@@ -360,15 +411,18 @@ class Step {
       timed(kOut, l.o.num_panels, [&](int p, int thread) {
         Scratch& s = scratch(thread);
         const Acts in = prepared(s, m_.heads_size(), [&] { return out_input(layer, 0, n, s); });
-        project(l.o, in, n, p, p + 1, w_.x, m_.hidden_padded(), true);
+        project(l.o, in, n, p, p + 1, branch(l.post_attn_norm, 0), m_.hidden_padded(), !l.post_attn_norm);
       });
+      add_branches(kOut, l.post_attn_norm);
       timed(kGateUp, l.gate.num_panels, [&](int p, int thread) {
         Scratch& s = scratch(thread);
         const Acts in = prepared(s, net_.hidden_size, [&] { return ffn_input(layer, 0, n, s); });
         gate_up_panel(layer, p, in, n, w_.ffn, s);
       });
-      timed(kDown, l.down.num_panels,
-            [&](int p, int) { project(l.down, w_.ffn, n, p, p + 1, w_.x, m_.hidden_padded(), true); });
+      timed(kDown, l.down.num_panels, [&](int p, int) {
+        project(l.down, w_.ffn, n, p, p + 1, branch(l.post_ffn_norm, 0), m_.hidden_padded(), !l.post_ffn_norm);
+      });
+      add_branches(kDown, l.post_ffn_norm);
       keep(layer + 1, 0, n);
     }
     return true;
@@ -383,10 +437,14 @@ class Step {
 
   void finish_rows(int layer, int first, int count, Scratch& s) {
     const Layer& l = m_.layers[static_cast<size_t>(layer)];
-    project(l.o, out_input(layer, first, count, s), count, 0, l.o.num_panels, row_x(first), m_.hidden_padded(), true);
+    project(l.o, out_input(layer, first, count, s), count, 0, l.o.num_panels, branch(l.post_attn_norm, first),
+            m_.hidden_padded(), !l.post_attn_norm);
+    add_branch(l.post_attn_norm, first, count, s);
     const Acts in = ffn_input(layer, first, count, s);
     for (int p = 0; p < l.gate.num_panels; ++p) gate_up_panel(layer, p, in, count, s.ffn, s);
-    project(l.down, s.ffn, count, 0, l.down.num_panels, row_x(first), m_.hidden_padded(), true);
+    project(l.down, s.ffn, count, 0, l.down.num_panels, branch(l.post_ffn_norm, first), m_.hidden_padded(),
+            !l.post_ffn_norm);
+    add_branch(l.post_ffn_norm, first, count, s);
   }
 
   bool run_many() {

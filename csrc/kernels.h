@@ -58,6 +58,7 @@ struct AttentionCall {
   int end_chunk;
   bool is_partial;            // leave [max, sum, values] unnormalised for `merge_partials`
   float* scratch;             // attention_scratch_floats(head_dim), 64-byte aligned
+  int window;                 // each query sees this many latest keys, itself included; 0: all
 };
 
 constexpr size_t attention_scratch_floats(int head_dim) {
@@ -90,6 +91,7 @@ struct Kernels {
 
   void (*attention)(const AttentionCall* call);
   // partials: num_partials of (kPartialHead + head_dim), in ascending order of chunks -> out (head_dim)
+  // A partial with sum 0 (a chunk wholly behind the window) is passed over.
   void (*merge_partials)(const float* partials, int num_partials, int head_dim, float* out);
 
   // Rows of logits; n % 32 == 0, padding is -infinity.
@@ -99,6 +101,9 @@ struct Kernels {
   double (*exp_sums)(const float* x, int n, float shift, float scale, float* p, double* sums);
   // ids of x >= threshold in ascending order, at most max_ids of them; returns how many there are.
   int (*select_at_least)(const float* x, int n, float threshold, int32_t* ids, int max_ids);
+
+  // y = gelu(gate) * up, the tanh form of gelu; as silu_mul.
+  void (*gelu_mul)(const float* gate, const float* up, int n, float* y);
 };
 
 const Kernels* portable_kernels();

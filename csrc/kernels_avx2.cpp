@@ -116,7 +116,8 @@ void linear(Kind kind, const uint8_t* panel, int num_groups, const ActGroup* til
 }
 
 const Kernels kTable = {"avx2",     linear,      linear_f32, rms_norm,       quantise,     silu_mul, rope,
-                        store_key,  store_value, attention,  merge_partials, block_maxima, exp_sums, select_at_least};
+                        store_key,  store_value, attention,  merge_partials, block_maxima, exp_sums, select_at_least,
+                        gelu_mul};
 
 }  // namespace
 

@@ -63,6 +63,12 @@ void check_extent(const TensorEntry& t, uint64_t bytes) {
 
 }  // namespace
 
+GateKernel gate_kernel(const Kernels& kernels, const std::string& activation) {
+  if (activation == "silu") return kernels.silu_mul;
+  if (activation == "gelu_tanh") return kernels.gelu_mul;
+  refuse("activation is '", activation, "', expected 'silu' or 'gelu_tanh'");
+}
+
 Model::Model(const std::string& path, uint64_t data_offset, Network network_, const std::vector<TensorEntry>& tensors,
              const std::string& isa, int num_threads, bool is_mapped)
     : network(std::move(network_)), kernels(kernels_for(isa)), tensors_(tensors) {
@@ -83,27 +89,48 @@ Model::Model(const std::string& path, uint64_t data_offset, Network network_, co
   embedding = matrix("token_embd.weight", net.vocab_size, net.hidden_size);
   head = net.is_head_tied ? embedding : matrix("output.weight", net.vocab_size, net.hidden_size);
   output_norm = vector("output_norm.weight", net.hidden_size);
-  for (int i = 0; i < net.num_layers; ++i) {
-    const std::string prefix = text("blk.", i, ".");
-    Layer layer{};
-    layer.attn_norm = vector(prefix + "attn_norm.weight", net.hidden_size);
-    layer.ffn_norm = vector(prefix + "ffn_norm.weight", net.hidden_size);
-    layer.q = matrix(prefix + "attn_q.weight", heads_size(), net.hidden_size);
-    layer.k = matrix(prefix + "attn_k.weight", kv_size(), net.hidden_size);
-    layer.v = matrix(prefix + "attn_v.weight", kv_size(), net.hidden_size);
-    layer.o = matrix(prefix + "attn_output.weight", net.hidden_size, heads_size());
-    layer.gate = matrix(prefix + "ffn_gate.weight", net.ffn_size, net.hidden_size);
-    layer.up = matrix(prefix + "ffn_up.weight", net.ffn_size, net.hidden_size);
-    layer.down = matrix(prefix + "ffn_down.weight", net.hidden_size, net.ffn_size);
-    layers.push_back(layer);
-  }
-  const int rope_dim = net.rope_dim == 0 ? net.head_dim : net.rope_dim;
-  for (int i = 0; i < rope_dim / 2; ++i) {
-    const double factor = net.rope_factors.empty() ? 1.0 : net.rope_factors[static_cast<size_t>(i)];
-    rope_frequency.push_back(std::pow(net.rope_theta, -2.0 * i / rope_dim) / (factor * net.rope_scale));
-  }
+  for (int i = 0; i < net.num_layers; ++i) layers.push_back(layer(i));
+  rope_frequencies.push_back(rope_frequency(net.rope_theta, net.rope_scale, net.rope_factors));
+  if (net.sliding_rope_theta > 0.0) rope_frequencies.push_back(rope_frequency(net.sliding_rope_theta, 1.0, {}));
+  gate_mul = gate_kernel(*kernels, net.activation);
   attention_scale = net.attention_scale != 0.0f ? net.attention_scale : 1.0f / std::sqrt(static_cast<float>(net.head_dim));
   threads = std::make_unique<ThreadPool>(num_threads);
+}
+
+Layer Model::layer(int i) {
+  const Network& net = network;
+  const int hidden = net.hidden_size, q_size = heads_size();
+  const std::string prefix = text("blk.", i, ".");
+  const auto optional = [&](bool has, const char* name, int k) { return has ? vector(prefix + name, k) : nullptr; };
+  Layer l{};
+  l.attn_norm = vector(prefix + "attn_norm.weight", hidden);
+  l.ffn_norm = vector(prefix + "ffn_norm.weight", hidden);
+  l.q_bias = optional(net.has_qkv_bias, "attn_q.bias", q_size);
+  l.k_bias = optional(net.has_qkv_bias, "attn_k.bias", kv_size());
+  l.v_bias = optional(net.has_qkv_bias, "attn_v.bias", kv_size());
+  l.q_norm = optional(net.has_qk_norm, "attn_q_norm.weight", net.is_qk_norm_joint ? q_size : net.head_dim);
+  l.k_norm = optional(net.has_qk_norm, "attn_k_norm.weight", net.is_qk_norm_joint ? kv_size() : net.head_dim);
+  l.post_attn_norm = optional(net.has_post_norms, "post_attention_norm.weight", hidden);
+  l.post_ffn_norm = optional(net.has_post_norms, "post_ffw_norm.weight", hidden);
+  l.is_sliding = !net.sliding_layers.empty() && net.sliding_layers[static_cast<size_t>(i)] != 0;
+  l.q = matrix(prefix + "attn_q.weight", q_size, hidden);
+  l.k = matrix(prefix + "attn_k.weight", kv_size(), hidden);
+  l.v = matrix(prefix + "attn_v.weight", kv_size(), hidden);
+  l.o = matrix(prefix + "attn_output.weight", hidden, q_size);
+  l.gate = matrix(prefix + "ffn_gate.weight", net.ffn_size, hidden);
+  l.up = matrix(prefix + "ffn_up.weight", net.ffn_size, hidden);
+  l.down = matrix(prefix + "ffn_down.weight", hidden, net.ffn_size);
+  return l;
+}
+
+std::vector<double> Model::rope_frequency(double theta, double scale, const std::vector<double>& factors) const {
+  const int rope_dim = network.rope_dim == 0 ? network.head_dim : network.rope_dim;
+  std::vector<double> frequency;
+  for (int i = 0; i < rope_dim / 2; ++i) {
+    const double factor = factors.empty() ? 1.0 : factors[static_cast<size_t>(i)];
+    frequency.push_back(std::pow(theta, -2.0 * i / rope_dim) / (factor * scale));
+  }
+  return frequency;
 }
 
 void Model::check_network() const {
@@ -129,6 +156,11 @@ void Model::check_network() const {
     if (!(factor > 0.0)) refuse("network: a rope factor is ", factor, ", expected more than 0");
   if (!(n.rope_theta > 0.0) || !(n.rope_scale > 0.0))
     refuse("network: rope_theta ", n.rope_theta, " and rope_scale ", n.rope_scale, " must be more than 0");
+  if (n.sliding_window < 0) refuse("network: sliding_window is ", n.sliding_window, ", expected 0 or more");
+  if (!n.sliding_layers.empty() && n.sliding_layers.size() != static_cast<size_t>(n.num_layers))
+    refuse("network: ", n.sliding_layers.size(), " sliding_layers, expected ", n.num_layers);
+  if (!n.sliding_layers.empty() != (n.sliding_window > 0)) refuse("network: sliding_window and sliding_layers go together");
+  if (!(n.sliding_rope_theta >= 0.0)) refuse("network: sliding_rope_theta is ", n.sliding_rope_theta, ", expected 0 or more");
   if (!(n.rms_eps >= 0.0f)) refuse("network: rms_eps is ", n.rms_eps, ", expected 0 or more");
 }
 

@@ -25,6 +25,11 @@ struct Network {
   std::vector<double> rope_factors;
   bool is_head_tied = true;
   float embedding_scale = 1.0f, attention_scale = 0.0f;
+  bool has_qkv_bias = false, has_qk_norm = false, is_qk_norm_joint = false, has_post_norms = false;
+  std::string activation = "silu";
+  int sliding_window = 0;
+  std::vector<uint8_t> sliding_layers;
+  double sliding_rope_theta = 0.0;
 };
 
 struct TensorEntry {
@@ -48,8 +53,17 @@ struct Matrix {
 struct Layer {
   const float* attn_norm;  // (hidden padded to 32)
   const float* ffn_norm;   // (hidden padded to 32)
+  // Null where the family has none; padded to 32 too.
+  const float *q_bias, *k_bias, *v_bias;             // (heads x head_dim)
+  const float *q_norm, *k_norm;                      // (head_dim) of each head, or (heads x head_dim) of all at once
+  const float *post_attn_norm, *post_ffn_norm;       // (hidden) before the residual sum
+  bool is_sliding;                                   // rows see the latest `sliding_window` keys
   Matrix q, k, v, o, gate, up, down;
 };
+
+using GateKernel = void (*)(const float* gate, const float* up, int n, float* y);
+// The kernel of an activation: 'silu' or 'gelu_tanh'. Throws std::invalid_argument for another.
+GateKernel gate_kernel(const Kernels& kernels, const std::string& activation);
 
 constexpr int padded(int n) { return (n + 31) / 32 * 32; }
 
@@ -63,7 +77,9 @@ class Model {
   std::vector<Layer> layers;
   Matrix embedding, head;
   const float* output_norm;
-  std::vector<double> rope_frequency;  // (rope_dim / 2) radians per position
+  // Radians per position, (rope_dim / 2): of layers that see all, and of those that slide if they have a base of their own.
+  std::vector<std::vector<double>> rope_frequencies;
+  GateKernel gate_mul;
   float attention_scale;
   uint64_t weight_bytes = 0;
   std::unique_ptr<ThreadPool> threads;
@@ -71,9 +87,13 @@ class Model {
   int hidden_padded() const { return padded(network.hidden_size); }
   int heads_size() const { return network.num_heads * network.head_dim; }
   int kv_size() const { return network.num_kv_heads * network.head_dim; }
+  int half_rope() const { return static_cast<int>(rope_frequencies[0].size()); }
+  size_t rope_of(const Layer& layer) const { return layer.is_sliding ? rope_frequencies.size() - 1 : 0; }
 
  private:
   void check_network() const;
+  Layer layer(int i);
+  std::vector<double> rope_frequency(double theta, double scale, const std::vector<double>& factors) const;
   void read_weights(const std::string& path, uint64_t data_offset, uint64_t bytes, bool is_mapped);
   Matrix matrix(const std::string& name, int n, int k) const;
   const float* vector(const std::string& name, int k);

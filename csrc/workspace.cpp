@@ -29,8 +29,10 @@ Workspace::Workspace(const Model& model_, int max_rows_) : model(model_), max_ro
   arena_.add(&x, rows * static_cast<size_t>(model.hidden_padded()));
   arena_.add(&q, rows * static_cast<size_t>(q_stride));
   arena_.add(&attended, rows * static_cast<size_t>(q_stride));
-  arena_.add(&cos, rows * model.rope_frequency.size());
-  arena_.add(&sin, rows * model.rope_frequency.size());
+  arena_.add(&branch, net.has_post_norms ? rows * static_cast<size_t>(model.hidden_padded()) : 0);
+  const size_t angles = rows * model.rope_frequencies.size() * static_cast<size_t>(model.half_rope());
+  arena_.add(&cos, angles);
+  arena_.add(&sin, angles);
   arena_.add(&sequence_of, rows);
   arena_.add(&first_partial, rows * heads);
   arena_.add(&num_partials, rows * heads);

@@ -64,8 +64,9 @@ class Workspace {
   float* x;         // (R, Hp) residual stream
   float* q;         // (R, Qp) rotated, scaled queries
   float* attended;  // (R, Qp)
-  float* cos;       // (R, rope_dim / 2)
-  float* sin;       // (R, rope_dim / 2)
+  float* branch;    // (R, Hp) what attention or FFN gave, where it is normalised before the residual sum
+  float* cos;       // (ropes, R, rope_dim / 2)
+  float* sin;       // (ropes, R, rope_dim / 2)
   int32_t* sequence_of;     // (R)
   int32_t* first_partial;   // (R, heads) slot in `partials`
   int32_t* num_partials;    // (R, heads) 0: the result is in `attended`

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +111,23 @@ def test_rms_norm(isa: str, size: int) -> None:
 def test_silu(isa: str) -> None:
     gate, up = np.linspace(-100, 100, 32 * 50, dtype=np.float32).reshape(50, 32), normal(1, 50, 32)
     with np.errstate(over="ignore"):
-        expected = gate / (1 + np.exp(-gate)) * up
-    np.testing.assert_allclose(_core.kernel_silu_mul(isa, gate, up), expected, rtol=2e-6, atol=1e-30)
+        expected = reference.silu(gate) * up
+    np.testing.assert_allclose(_core.kernel_gate_mul(isa, "silu", gate, up), expected, rtol=2e-6, atol=1e-30)
+
+
+def test_gelu(isa: str) -> None:
+    """Against the definition in float64: by its tanh, float32 loses all digits where the result is near 0."""
+    gate, up = np.linspace(-40, 40, 32 * 50, dtype=np.float32).reshape(50, 32), normal(1, 50, 32)
+    x = gate.astype(np.float64)
+    expected = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) * up
+    got = _core.kernel_gate_mul(isa, "gelu_tanh", gate, up)
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(got, reference.gelu_tanh(gate) * up, rtol=2e-5, atol=1e-6)
+
+
+def test_an_unknown_activation_is_refused(isa: str) -> None:
+    with pytest.raises(ValueError, match="activation is 'relu', expected 'silu' or 'gelu_tanh'"):
+        _core.kernel_gate_mul(isa, "relu", normal(1, 1, 32), normal(2, 1, 32))
 
 
 @pytest.mark.parametrize(("dim", "half"), [(64, 32), (64, 16), (40, 20), (6, 3), (128, 64), (34, 17)])
@@ -153,6 +169,22 @@ def test_attention(isa: str, shape: Heads, tokens: int) -> None:
     assert np.array_equal(got, _core.kernel_attention(isa, query, keys, values, lengths, True))
     for r in range(rows):
         alone = _core.kernel_attention(isa, query[r : r + 1], keys, values, lengths[r : r + 1], False)
+        assert np.array_equal(alone[0], got[r])
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 257, 530, 600])
+@pytest.mark.parametrize("window", [1, 20, 64, 256, 300, 1000])
+def test_sliding_attention(isa: str, tokens: int, window: int) -> None:
+    """A row's bits do not tell which keys before its window were looked at for the sake of another row."""
+    rows = min(tokens, 11)
+    query, keys, values = normal(1, rows, 4, 32), normal(2, tokens, 2, 32), normal(3, tokens, 2, 32)
+    lengths = np.linspace(max(1, tokens - 70), tokens, rows).astype(np.int32)
+    got = _core.kernel_attention(isa, query, keys, values, lengths, False, window)
+    stored = (part.astype(np.float16).astype(np.float32) for part in (keys, values))
+    np.testing.assert_allclose(got, reference.attention(query, *stored, lengths, 1.0, window), rtol=1e-4, atol=1e-4)
+    assert np.array_equal(got, _core.kernel_attention(isa, query, keys, values, lengths, True, window))
+    for r in range(rows):
+        alone = _core.kernel_attention(isa, query[r : r + 1], keys, values, lengths[r : r + 1], False, window)
         assert np.array_equal(alone[0], got[r])
 
 
@@ -413,8 +445,11 @@ def test_shapes_of_arrays_are_checked(files: dict[str, Packed]) -> None:
         ({"ffn_size": 128}, r"ffn_gate.weight has shape 96 x 64, the network needs 128 x 64"),
         ({"num_layers": 3}, "blk.2.attn_norm.weight is missing"),
         ({"num_heads": 3}, "multiple of num_kv_heads"),
-        ({"qk_norm": True}, "qk_norm is not supported"),
-        ({"activation": "gelu_tanh"}, "gelu_tanh"),
+        ({"qk_norm": True}, "blk.0.attn_q_norm.weight is missing"),
+        ({"activation": "relu"}, "activation is 'relu'"),
+        ({"logit_softcap": 30.0}, "logit_softcap is not supported"),
+        ({"sliding_window": 8}, "sliding_window and sliding_layers go together"),
+        ({"sliding_window": 8, "sliding_layers": [True]}, "1 sliding_layers, expected 2"),
         ({"rope_dim": 7}, "rope_dim is 7"),
         ({"vocab_size": 0}, "vocab_size is 0"),
     ],

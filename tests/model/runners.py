@@ -15,7 +15,7 @@ from hob.engine.local import LocalEngine
 from hob.models.packed_file import open_packed
 from hob.native import reference
 
-NUM_BLOCKS = 16
+NUM_BLOCKS = 24
 IMPLEMENTATIONS = ["reference", *native.available_isas()]
 
 

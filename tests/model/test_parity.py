@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hob.engine.base import Out
 from hob.models.pack import ensure_packed
 from hob.native.reference import log_softmax
-from tests.model.llama_checkpoints import Shape, logits_of, make_checkpoint, write_gguf
+from tests.model.checkpoints import Shape, logits_of, make_checkpoint, write_gguf
 from tests.model.runners import IMPLEMENTATIONS, ReferenceRunner, batch_of, open_runner, worst_difference
 
 TOLERANCE = 1e-3
@@ -28,7 +28,15 @@ SHAPES = {
     "heads of whole panels": Shape(hidden_size=192, num_heads=3, num_kv_heads=1, ffn_size=256, vocab_size=333),
     "linear rope": Shape(rope_scaling="linear"),
     "llama3 rope": Shape(hidden_size=64, num_heads=2, num_kv_heads=2, rope_scaling="llama3", tied_head=False),
+    "qwen2": Shape("qwen2"),
+    "qwen2, untied": Shape("qwen2", hidden_size=64, num_heads=2, num_kv_heads=1, tied_head=False),
+    "qwen3": Shape("qwen3", hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=32),
+    "qwen3, odd heads": Shape("qwen3", hidden_size=60, num_heads=3, num_kv_heads=1),
+    "gemma3": Shape("gemma3", hidden_size=40, num_heads=4, num_kv_heads=1, head_dim=64, num_layers=4),
+    "gemma3, wide odd heads": Shape("gemma3", hidden_size=56, num_heads=2, num_kv_heads=2, head_dim=250),
 }
+FAMILIES = {shape.family: name for name, shape in SHAPES.items()}
+"""One shape of each."""
 LENGTH = 75
 
 
@@ -46,7 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed_and_logits(folder: Path, name: str) -> tuple[Path, NDArray[np.float32]]:
     model = make_checkpoint(SHAPES[name])
     expected = logits_of(model, token_ids(SHAPES[name].vocab_size))
-    return ensure_packed(write_gguf(model, folder / f"{name.replace(' ', '_')}.gguf")), expected
+    path = folder / f"{name.replace(' ', '_')}.gguf"
+    return ensure_packed(write_gguf(model, path, family=SHAPES[name].family)), expected
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -59,15 +68,27 @@ def test_float32_agrees_with_transformers(folder: Path, name: str, implementatio
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_token_by_token_and_in_chunks(folder: Path, implementation: str) -> None:
+@pytest.mark.parametrize("name", FAMILIES.values())
+def test_token_by_token_and_in_chunks(folder: Path, name: str, implementation: str) -> None:
     """Prefill of 40, chunks across block borders, then one at a time, against one pass of transformers."""
-    name = "odd, grouped, tied"
     packed, expected = packed_and_logits(folder, name)
     runner = open_runner(implementation, packed)
     ids = token_ids(SHAPES[name].vocab_size)
     borders = [0, 40, 47, 49, 64, *range(65, LENGTH + 1)]
     rows = [runner.run(batch_of(ids[a:b], start=a)).logits for a, b in pairwise(borders)]
     assert worst_difference(np.concatenate(rows), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("isa", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("name", FAMILIES.values())
+def test_rows_have_the_same_bits_however_chunked(folder: Path, name: str, isa: str) -> None:
+    """Past the first merge of attention (256 keys) and, in sliding layers, past chunks that are no longer seen."""
+    runner = open_runner(isa, packed_and_logits(folder, name)[0])
+    ids = token_ids(SHAPES[name].vocab_size, length=330)
+    whole = runner.run(batch_of(ids)).logits
+    for borders in ([0, 250, 255, 280, 320, 330], [0, 300, *range(301, 331)]):
+        rows = [runner.run(batch_of(ids[a:b], start=a)).logits for a, b in pairwise(borders)]
+        assert np.array_equal(np.concatenate(rows), whole)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

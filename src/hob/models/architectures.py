@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -28,12 +29,17 @@ MAX_SIZE = 1 << 24
 """Largest hidden, FFN, vocabulary or context size taken for real."""
 
 
+Fields = dict[str, Any]
+"""Values of Network's fields."""
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """How files of one family are read."""
 
-    read: Callable[[GgufFile], Network]
-    interleaved_rope: bool
+    features: Callable[[_Keys, Network], Fields]
+    """What the family has beside the common shape."""
+    interleaved_rope: bool = False
     """Q and K rows are stored so that RoPE turns neighbours (2i, 2i + 1), not (i, i + rope_dim / 2)."""
 
 
@@ -42,7 +48,10 @@ def read_network(gguf: GgufFile) -> Network:
 
     Raises ModelFileError for an architecture, a feature, a size or a tensor that is not supported.
     """
-    network = architecture_of(gguf).read(gguf)
+    architecture = architecture_of(gguf)
+    keys = _Keys(gguf, str(gguf.metadata["general.architecture"]))
+    common = _read_common(keys)
+    network = replace(common, **architecture.features(keys, common))
     _check_tensors(gguf, expected_shapes(network))
     return network
 
@@ -74,6 +83,12 @@ def expected_shapes(network: Network) -> Shapes:
     }
     if network.qkv_bias:
         layer |= {"attn_q.bias": (q_size,), "attn_k.bias": (kv_size,), "attn_v.bias": (kv_size,)}
+    if network.qk_norm:
+        is_joint, head_dim = network.qk_norm_joint, network.head_dim
+        layer["attn_q_norm.weight"] = (q_size if is_joint else head_dim,)
+        layer["attn_k_norm.weight"] = (kv_size if is_joint else head_dim,)
+    if network.post_norms:
+        layer |= {"post_attention_norm.weight": (hidden,), "post_ffw_norm.weight": (hidden,)}
     shapes: Shapes = {"token_embd.weight": (vocab, hidden), "output_norm.weight": (hidden,)}
     if not network.tied_head:
         shapes["output.weight"] = (vocab, hidden)
@@ -82,8 +97,9 @@ def expected_shapes(network: Network) -> Shapes:
     return shapes | {f"blk.{i}.{name}": shape for i in range(network.num_layers) for name, shape in layer.items()}
 
 
-def _read_llama(gguf: GgufFile) -> Network:
-    keys = _Keys(gguf, "llama")
+def _read_common(keys: _Keys) -> Network:
+    """Sizes, and what RoPE does: the same keys in all families."""
+    gguf = keys.gguf
     if experts := keys.integer("expert_count", 0, 0):
         raise keys.fail("expert_count", experts, "0: mixture-of-experts files are not supported yet")
     hidden = keys.integer("embedding_length", 2)
@@ -91,7 +107,7 @@ def _read_llama(gguf: GgufFile) -> Network:
     kv_heads = keys.integer("attention.head_count_kv", 1, heads)
     if heads % kv_heads:
         raise keys.fail("attention.head_count_kv", kv_heads, f"a divisor of the {heads} heads")
-    if hidden % heads and "llama.attention.key_length" not in gguf.metadata:
+    if hidden % heads and f"{keys.prefix}.attention.key_length" not in gguf.metadata:
         raise keys.fail("embedding_length", hidden, f"a multiple of the {heads} heads")
     head_dim = keys.integer("attention.key_length", 2, hidden // heads)
     if (value_length := keys.integer("attention.value_length", 2, head_dim)) != head_dim:
@@ -100,7 +116,7 @@ def _read_llama(gguf: GgufFile) -> Network:
     if rope_dim > head_dim or rope_dim % 2:
         raise keys.fail("rope.dimension_count", rope_dim, f"an even number up to the head's {head_dim}")
     return Network(
-        architecture="llama",
+        architecture=keys.prefix,
         num_layers=keys.integer("block_count", 1, most=MAX_LAYERS),
         hidden_size=hidden,
         num_heads=heads,
@@ -115,8 +131,47 @@ def _read_llama(gguf: GgufFile) -> Network:
         rope_scale=_rope_scale(keys),
         rope_factors=_rope_factors(gguf, rope_dim),
         tied_head="output.weight" not in gguf.tensors,
-        qkv_bias="blk.0.attn_q.bias" in gguf.tensors,
     )
+
+
+def _llama(keys: _Keys, network: Network) -> Fields:
+    return {"qkv_bias": "blk.0.attn_q.bias" in keys.gguf.tensors}
+
+
+def _qwen2(keys: _Keys, network: Network) -> Fields:
+    return {"qkv_bias": True}
+
+
+def _qwen3(keys: _Keys, network: Network) -> Fields:
+    return {"qk_norm": True}
+
+
+def _gemma3(keys: _Keys, network: Network) -> Fields:
+    """Norm weights are stored with their 1 added. Only its depth tells the 27B model, which scales scores otherwise."""
+    is_27b = network.num_layers == 62
+    return {
+        "qk_norm": True,
+        "post_norms": True,
+        "activation": "gelu_tanh",
+        "embedding_scale": math.sqrt(network.hidden_size),
+        "attention_scale": math.sqrt(network.num_heads / network.hidden_size) if is_27b else 0.0,
+        "sliding_window": keys.integer("attention.sliding_window", 1),
+        "sliding_layers": _sliding_layers(keys, network.num_layers, default_period=6),
+        "sliding_rope_theta": keys.number("rope.freq_base_swa", 10000.0),
+        "logit_softcap": keys.number("final_logit_softcapping", 0.0, least=0.0),
+    }
+
+
+def _sliding_layers(keys: _Keys, num_layers: int, default_period: int) -> list[bool]:
+    """Every layer but the last of each period slides. Files say the period, each layer, or nothing."""
+    name = "attention.sliding_window_pattern"
+    found = keys.gguf.metadata.get(f"{keys.prefix}.{name}", default_period)
+    if isinstance(found, list):
+        if len(found) != num_layers or not all(isinstance(slides, bool) for slides in found):
+            raise keys.fail(name, found, f"a yes or no for each of the {num_layers} layers")
+        return found
+    period = keys.integer(name, 1, default_period)
+    return [i % period != period - 1 for i in range(num_layers)]
 
 
 @dataclass(slots=True)
@@ -135,10 +190,14 @@ class _Keys:
             raise self.fail(name, value, f"a whole number of {least} to {most}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def number(self, name: str, default: float | None = None, least: float | None = None) -> float:
+        """Above 0, or from `least` on."""
         value = self.gguf.metadata.get(f"{self.prefix}.{name}", default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-            raise self.fail(name, value, "a positive number")
+        expected = "a positive number" if least is None else f"a number from {least} on"
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value < math.inf:
+            raise self.fail(name, value, expected)
+        if not (value > 0 if least is None else value >= least):
+            raise self.fail(name, value, expected)
         return float(value)
 
 
@@ -200,5 +259,8 @@ def _check_tensors(gguf: GgufFile, expected: Shapes) -> None:
 
 
 ARCHITECTURES = {
-    "llama": Architecture(_read_llama, interleaved_rope=True),
+    "gemma3": Architecture(_gemma3),
+    "llama": Architecture(_llama, interleaved_rope=True),
+    "qwen2": Architecture(_qwen2),
+    "qwen3": Architecture(_qwen3),
 }

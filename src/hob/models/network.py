@@ -36,6 +36,8 @@ class Network:
     """Q, K and V have biases (qwen2)."""
     qk_norm: bool = False
     """Q and K heads pass an RMSNorm of (head_dim,) each before RoPE (qwen3, gemma3)."""
+    qk_norm_joint: bool = False
+    """That norm is over all heads at once, (num_heads * head_dim,) (olmoe)."""
     post_norms: bool = False
     """RMSNorm after attention and after the FFN, before the residual sum (gemma3)."""
     activation: str = "silu"

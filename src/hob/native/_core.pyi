@@ -125,11 +125,14 @@ def kernel_linear(isa: str, kind: int, data: Buffer, n: int, k: int, x: Floats) 
 def kernel_rms_norm(isa: str, x: Floats, weight: Floats, eps: float) -> Floats:
     """(R, H), weight (H,)"""
 
-def kernel_silu_mul(isa: str, gate: Floats, up: Floats) -> Floats:
-    """(R, 32): silu(gate) * up"""
+def kernel_gate_mul(isa: str, activation: str, gate: Floats, up: Floats) -> Floats:
+    """(R, 32): activation(gate) * up; 'silu' or 'gelu_tanh'"""
 
 def kernel_rope(isa: str, x: Floats, cos: Floats, sin: Floats) -> Floats:
     """(R, D): pairs (i, i + half) turned by cos and sin (R, half)"""
 
-def kernel_attention(isa: str, query: Floats, keys: Floats, values: Floats, lengths: Ints, is_split: bool) -> Floats:
-    """query (R, A, D), keys and values (T, B, D): row r sees lengths[r] keys. is_split: chunk by chunk, then merged."""
+def kernel_attention(
+    isa: str, query: Floats, keys: Floats, values: Floats, lengths: Ints, is_split: bool, window: int = 0
+) -> Floats:
+    """query (R, A, D), keys and values (T, B, D): row r sees lengths[r] keys, or the `window` latest of them.
+    is_split: chunk by chunk, then merged."""

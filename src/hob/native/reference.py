@@ -4,11 +4,12 @@ Shapes: R rows, H hidden size, N outputs, K inputs, G = K / 32 groups, A heads, 
 packed weights and batches; no files beyond `open_packed`'s, no threads, no speed. Sampling: `reference_sampling.py`.
 
 Llama family: Touvron et al. 2023, arXiv:2302.13971; RoPE: Su et al. 2021, arXiv:2104.09864; grouped queries: Ainslie
-et al. 2023, arXiv:2305.13245.
+et al. 2023, arXiv:2305.13245; Gemma 3: arXiv:2503.19786; Qwen 3: arXiv:2505.09388.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,10 +80,13 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     return y
 
 
-def rope_angles(network: Network, position: NDArray[np.int32]) -> NDArray[np.float64]:
-    """(R, rope_dim / 2): how far each pair of dimensions turns at each position."""
+def rope_angles(network: Network, position: NDArray[np.int32], is_sliding: bool = False) -> NDArray[np.float64]:
+    """(R, rope_dim / 2): how far each pair of dimensions turns at each position, in a layer that slides or not."""
     rope_dim = network.rope_dim or network.head_dim
-    frequency = network.rope_theta ** (-np.arange(0, rope_dim, 2) / rope_dim)
+    exponent = -np.arange(0, rope_dim, 2) / rope_dim
+    if is_sliding and network.sliding_rope_theta:
+        return position[:, None] * network.sliding_rope_theta**exponent
+    frequency = network.rope_theta**exponent
     if network.rope_factors:
         frequency = frequency / np.array(network.rope_factors)
     angles: NDArray[np.float64] = position[:, None] / network.rope_scale * frequency
@@ -97,13 +101,34 @@ def rope(x: Floats, angles: NDArray[np.float64]) -> Floats:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def attention(query: Floats, keys: Floats, values: Floats, lengths: NDArray[np.int32], scale: float) -> Floats:
-    """(R, A, D): row r of `query` sees the first lengths[r] of `keys` and `values` (T, B, D)."""
+def silu(x: Floats) -> Floats:
+    """x * sigmoid(x)."""
+    y: Floats = x / (1 + np.exp(-x))
+    return y
+
+
+def gelu_tanh(x: Floats) -> Floats:
+    """GELU by its tanh form: Hendrycks and Gimpel 2016, arXiv:1606.08415."""
+    y: Floats = 0.5 * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)))
+    return y
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
+
+
+def attention(
+    query: Floats, keys: Floats, values: Floats, lengths: NDArray[np.int32], scale: float, window: int = 0
+) -> Floats:
+    """(R, A, D): row r of `query` sees the first lengths[r] of `keys` and `values` (T, B, D), or the `window` latest of
+    those."""
     group = query.shape[1] // keys.shape[1]
     keys, values = np.repeat(keys, group, axis=1), np.repeat(values, group, axis=1)
     query, keys, values = (x.transpose(1, 0, 2) for x in (query, keys, values))  # (A, R or T, D)
     scores = query @ keys.transpose(0, 2, 1) * np.float32(scale)  # (A, R, T)
-    scores[:, np.arange(keys.shape[1])[None, :] >= lengths[:, None]] = -np.inf
+    place = np.arange(keys.shape[1])[None, :]
+    scores[:, place >= lengths[:, None]] = -np.inf
+    if window:
+        scores[:, place < lengths[:, None] - window] = -np.inf
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     weights /= weights.sum(axis=2, keepdims=True)
     y: Floats = (weights @ values).transpose(1, 0, 2)
@@ -170,10 +195,9 @@ class Model:
         """Compute the batch's rows and write their KV."""
         x = self._embed(batch.token)
         residuals = [x]
-        angles = rope_angles(self.network, batch.position)
         for layer in range(self.network.num_layers):
-            x = x + self._attention(layer, x, angles, pool, batch)
-            x = x + self._ffn(layer, x)
+            x = x + self._post_norm(layer, "attention", self._attention(layer, x, pool, batch))
+            x = x + self._post_norm(layer, "ffw", self._ffn(layer, x))
             residuals.append(x)
         x = rms_norm(x, self._vector("output_norm.weight"), self.network.rms_eps)
         wanted = batch.layers.tolist() or [self.network.num_layers]
@@ -181,18 +205,26 @@ class Model:
         return self._outputs(x, states, batch)
 
     def _embed(self, token: NDArray[np.int32]) -> Floats:
-        weight = self.weights["token_embd.weight"]
+        weight, scale = self.weights["token_embd.weight"], np.float32(self.network.embedding_scale)
         if not isinstance(weight, Codes):
-            return weight[token]
+            return weight[token] * scale
         m = None if weight.m is None else weight.m[token]
-        return Codes(weight.kind, weight.q[token], weight.d[token], m).dequantise()
+        return Codes(weight.kind, weight.q[token], weight.d[token], m).dequantise() * scale
 
-    def _attention(self, layer: int, x: Floats, angles: NDArray[np.float64], pool: KvPool, batch: Batch) -> Floats:
+    def _post_norm(self, layer: int, part: str, x: Floats) -> Floats:
+        if not self.network.post_norms:
+            return x
+        return rms_norm(x, self._vector(f"blk.{layer}.post_{part}_norm.weight"), self.network.rms_eps)
+
+    def _attention(self, layer: int, x: Floats, pool: KvPool, batch: Batch) -> Floats:
         net, name = self.network, f"blk.{layer}.attn"
+        is_sliding = bool(net.sliding_layers) and net.sliding_layers[layer]
+        angles = rope_angles(net, batch.position, is_sliding)
         normed = rms_norm(x, self._vector(f"{name}_norm.weight"), net.rms_eps)
-        query = rope(self._heads(normed, f"{name}_q", net.num_heads), angles)
-        keys = rope(self._heads(normed, f"{name}_k", net.num_kv_heads), angles)
+        query = rope(self._normed_heads(normed, f"{name}_q", net.num_heads), angles)
+        keys = rope(self._normed_heads(normed, f"{name}_k", net.num_kv_heads), angles)
         values = self._heads(normed, f"{name}_v", net.num_kv_heads)
+        scale, window = net.attention_scale or net.head_dim**-0.5, net.sliding_window if is_sliding else 0
         attended = np.empty_like(query)
         for s in range(len(batch.row_start) - 1):
             rows = slice(batch.row_start[s], batch.row_start[s + 1])
@@ -201,7 +233,7 @@ class Model:
             lengths = batch.index[rows] + 1
             pool.write(layer, slots[batch.index[rows]], keys[rows], values[rows])
             seen = pool.read(layer, slots[: lengths.max(initial=0)])
-            attended[rows] = attention(query[rows], *seen, lengths, net.attention_scale or net.head_dim**-0.5)
+            attended[rows] = attention(query[rows], *seen, lengths, scale, window)
         return linear(attended.reshape(len(x), -1), self.weights[f"{name}_output.weight"])
 
     def _heads(self, x: Floats, name: str, num_heads: int) -> Floats:
@@ -210,12 +242,20 @@ class Model:
             y += self._vector(f"{name}.bias")
         return y.reshape(len(x), num_heads, self.network.head_dim)
 
+    def _normed_heads(self, x: Floats, name: str, num_heads: int) -> Floats:
+        heads = self._heads(x, name, num_heads)
+        if not self.network.qk_norm:
+            return heads
+        weight = self._vector(f"{name}_norm.weight")
+        y: Floats = rms_norm(heads.reshape(len(x), -1, len(weight)), weight, self.network.rms_eps).reshape(heads.shape)
+        return y
+
     def _ffn(self, layer: int, x: Floats) -> Floats:
         name = f"blk.{layer}.ffn"
         normed = rms_norm(x, self._vector(f"{name}_norm.weight"), self.network.rms_eps)
         gate = linear(normed, self.weights[f"{name}_gate.weight"])
         up = linear(normed, self.weights[f"{name}_up.weight"])
-        return linear(gate / (1 + np.exp(-gate)) * up, self.weights[f"{name}_down.weight"])
+        return linear(ACTIVATIONS[self.network.activation](gate) * up, self.weights[f"{name}_down.weight"])
 
     def _outputs(self, x: Floats, states: Floats, batch: Batch) -> Result:
         head = self.weights["token_embd.weight" if self.network.tied_head else "output.weight"]
