@@ -4,7 +4,7 @@
     python benchmarks/quality.py --json                                     ours alone, one JSON object
 
 The first --tokens tokens of --text are cut into windows; each window is computed on its own from an empty context, and
-every token but its first is scored. All engines are given the same ids. "float32" is our engine on the file's weights
+every token but its first (the BOS token, for models that want one) is scored. All engines are given the same ids. "float32" is our engine on the file's weights
 dequantised (so it shows the arithmetic, not what was lost when the file was made). KL divergence is of each engine's
 distribution from the float32 one, in nats a token.
 
@@ -153,10 +153,11 @@ class Peer:
         self._process.wait(30)
 
 
-def windows(ids: list[int], length: int) -> Iterator[list[int]]:
-    """Whole windows, one after the other."""
-    for start in range(0, len(ids) - length + 1, length):
-        yield ids[start : start + length]
+def windows(ids: list[int], length: int, bos: list[int]) -> Iterator[list[int]]:
+    """Whole windows, one after the other, each beginning with `bos`."""
+    step = length - len(bos)
+    for start in range(0, len(ids) - step + 1, step):
+        yield bos + ids[start : start + step]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -165,6 +166,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = args.model or Catalog(config.models_dir).pull(DEFAULT_MODEL)
     with open_gguf(model) as file:
         tokenizer = Tokenizer(file.metadata)
+    bos = tokenizer.encode("")
     ids = tokenizer.encode(args.text.read_text(encoding="utf-8"), add_bos=False)[: args.tokens]
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:
         folder = Path(name)
@@ -179,7 +181,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             engines["llama.cpp"] = peer.logprobs
         scores = {engine: Score() for engine in ("float32", *engines)}
         console = Console(stderr=True)
-        for window in track(list(windows(ids, args.window)), "windows", console=console):
+        for window in track(list(windows(ids, args.window, bos)), "windows", console=console):
             base_logprobs = base(window)
             scores["float32"].add(base_logprobs, window[1:], base_logprobs)
             for engine, logprobs in engines.items():

