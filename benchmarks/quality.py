@@ -2,11 +2,12 @@
 
     python benchmarks/quality.py --peer-python /path/to/venv/bin/python     table, llama.cpp beside ours
     python benchmarks/quality.py --json                                     ours alone, one JSON object
+    python benchmarks/quality.py --peer-python ... --types Q2_K,Q4_K,BF16   a row for each type, files by llama.cpp
 
 The first --tokens tokens of --text are cut into windows; each window is computed on its own from an empty context, and
-every token but its first (the BOS token, for models that want one) is scored. All engines are given the same ids. "float32" is our engine on the file's weights
-dequantised (so it shows the arithmetic, not what was lost when the file was made). KL divergence is of each engine's
-distribution from the float32 one, in nats a token.
+every token but its first (the BOS token, for models that want one) is scored. All engines are given the same ids.
+"float32" is our engine on the file's weights dequantised (so it shows the arithmetic, not what was lost when the file
+was made). KL divergence is of each engine's distribution from the float32 one, in nats a token.
 
 Needs the test extras (`gguf` writes the float32 file). The peer's environment: `pip install llama-cpp-python numpy`.
 """
@@ -18,6 +19,7 @@ import json
 import math
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +45,7 @@ from hob.models.tokenizer import Tokenizer
 from hob.native.reference import log_softmax
 
 TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext2_test_raw.txt"
-WORKER = Path(__file__).parent / "workers" / "logprobs_llama_cpp.py"
+WORKERS = Path(__file__).parent / "workers"
 Floats = NDArray[np.float32]
 LogProbs = Callable[[list[int]], Floats]
 """ids (T,) -> log-probabilities (T - 1, vocab_size) of the token after each of the first T - 1."""
@@ -130,7 +132,7 @@ class Peer:
     def __init__(self, python: str, model: Path, window: int, folder: Path) -> None:
         self._file = folder / "peer.npy"
         self._process = subprocess.Popen(
-            [python, str(WORKER), str(model), str(window), str(self._file)],
+            [python, str(WORKERS / "logprobs_llama_cpp.py"), str(model), str(window), str(self._file)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -160,10 +162,23 @@ def windows(ids: list[int], length: int, bos: list[int]) -> Iterator[list[int]]:
         yield bos + ids[start : start + step]
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run_types(args: argparse.Namespace, model: Path) -> dict[str, Any]:
+    """The model coded anew in each type by llama.cpp's quantiser, as far as its rows allow; the results by type."""
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=args.scratch) as name:
+        for kind in args.types.split(","):
+            file = Path(name) / f"{kind}.gguf"
+            subprocess.run([args.peer_python, WORKERS / "quantise_llama_cpp.py", model, file, kind], check=True)
+            with open_gguf(file) as opened:
+                counts = Counter(GGML_TYPES[info.ggml_type].name for info in opened.tensors.values())
+            results[kind] = run(args, file) | {"tensors": dict(counts)}
+            for made in Path(name).iterdir():
+                made.unlink()
+    return results
+
+
+def run(args: argparse.Namespace, model: Path) -> dict[str, Any]:
     """Every window through every engine."""
-    config, _ = load_config()
-    model = args.model or Catalog(config.models_dir).pull(DEFAULT_MODEL)
     with open_gguf(model) as file:
         tokenizer = Tokenizer(file.metadata)
     bos = tokenizer.encode("")
@@ -224,6 +239,16 @@ def print_table(result: dict[str, Any]) -> None:
         console.print(f"perplexity, ours / llama.cpp: {result['ratio']:.4f} (goal: within 1 %)")
 
 
+def print_types(results: dict[str, Any]) -> None:
+    """For people: what each type costs from the file's own weights in float32."""
+    table = Table("type", "perplexity", "ours / llama.cpp", "KL, ours", "KL, llama.cpp", "tensors")
+    for kind, r in results.items():
+        tensors = ", ".join(f"{count} {name}" for name, count in r["tensors"].items())
+        kl = [f"{r[engine]['kl_mean']:.5f}" for engine in ("ours", "llama.cpp")]
+        table.add_row(kind, f"{r['ours']['perplexity']:.3f}", f"{r['ratio']:.4f}", *kl, tensors)
+    Console(width=140).print(table)
+
+
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -232,6 +257,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--peer-python", help="Python of an environment with llama-cpp-python; left out: ours alone")
+    parser.add_argument("--types", help="GGML types to code the model in first, with commas: Q2_K,Q4_K,BF16")
     parser.add_argument("--scratch", type=Path, help="folder for 1.1 GB of float32 weights (default: the system's)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = parser.parse_args()
@@ -239,9 +265,15 @@ def main() -> None:
         parser.error(
             f"--tokens is {args.tokens} and --window {args.window}. Expected at least one window of 2 or more."
         )
-    result = run(args)
+    if args.types and not args.peer_python:
+        parser.error("--types needs --peer-python: llama.cpp's quantiser makes the files.")
+    config, _ = load_config()
+    model = args.model or Catalog(config.models_dir).pull(DEFAULT_MODEL)
+    result = run_types(args, model) if args.types else run(args, model)
     if args.json:
         print(json.dumps(result))
+    elif args.types:
+        print_types(result)
     else:
         print_table(result)
 

@@ -140,6 +140,55 @@ void decode_q6_k(const uint8_t* block, Group* groups) {
   for (int j = 0; j < 8; ++j) encode_q8s(x + 32 * j, groups + j);
 }
 
+// Place of value i in a block of 256 whose codes lie two bits each, four in a byte: byte 32 (i / 128) + i % 32.
+int two_bits(const uint8_t* qs, int i) { return qs[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3; }
+
+void decode_q2_k(const uint8_t* block, Group* groups) {
+  const float d = half_to_float(half_in(block + 80)), m = half_to_float(half_in(block + 82));
+  float x[256];
+  for (int i = 0; i < 256; ++i) {
+    const int scale = block[i / 16];
+    x[i] = d * static_cast<float>((scale & 15) * two_bits(block + 16, i)) - m * static_cast<float>(scale >> 4);
+  }
+  for (int j = 0; j < 8; ++j) encode_q8s(x + 32 * j, groups + j);
+}
+
+void decode_q3_k(const uint8_t* block, Group* groups) {
+  const uint8_t *high = block, *low = block + 32, *scales = block + 96;
+  const float d = half_to_float(half_in(block + 108));
+  float x[256];
+  for (int i = 0; i < 256; ++i) {
+    const int s = i / 16;  // its scale: four bits of two a byte, two bits of four a byte
+    const int scale = ((scales[s % 8] >> (s / 8 * 4) & 15) | (scales[8 + s % 4] >> (s / 4 * 2) & 3) << 4) - 32;
+    const int top = high[i % 32] >> (i / 32) & 1;
+    x[i] = d * static_cast<float>(scale * (two_bits(low, i) + 4 * top - 4));
+  }
+  for (int j = 0; j < 8; ++j) encode_q8s(x + 32 * j, groups + j);
+}
+
+// IQ4: a nibble names one of these levels.
+constexpr int kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+void levels(const uint8_t* qs, uint8_t* codes) {
+  nibbles(qs, codes);
+  for (int i = 0; i < 32; ++i) codes[i] = static_cast<uint8_t>(128 + kLevels[codes[i]]);
+}
+
+void decode_iq4_nl(const uint8_t* block, Group* g) {
+  g->d = half_in(block);
+  levels(block + 2, g->codes);
+}
+
+void decode_iq4_xs(const uint8_t* block, Group* groups) {
+  const float d = half_to_float(half_in(block));
+  const int high = half_in(block + 2);
+  for (int j = 0; j < 8; ++j) {
+    const int scale = ((block[4 + j / 2] >> (j % 2 * 4) & 15) | (high >> (2 * j) & 3) << 4) - 32;
+    groups[j].d = float_to_half(d * static_cast<float>(scale));
+    levels(block + 8 + 16 * j, groups[j].codes);
+  }
+}
+
 float decode_f32(const uint8_t* p) {
   float x;
   std::memcpy(&x, p, 4);
@@ -174,9 +223,13 @@ constexpr Format kFormats[] = {
     {6, "Q5_0", Kind::kQ8S, 32, 22, decode_q5_0, nullptr},
     {7, "Q5_1", Kind::kQ8M, 32, 24, decode_q5_1, nullptr},
     {8, "Q8_0", Kind::kQ8S, 32, 34, decode_q8_0, nullptr},
+    {10, "Q2_K", Kind::kQ8S, 256, 84, decode_q2_k, nullptr},
+    {11, "Q3_K", Kind::kQ8S, 256, 110, decode_q3_k, nullptr},
     {12, "Q4_K", Kind::kQ4M, 256, 144, decode_q4_k, nullptr},
     {13, "Q5_K", Kind::kQ8M, 256, 176, decode_q5_k, nullptr},
     {14, "Q6_K", Kind::kQ8S, 256, 210, decode_q6_k, nullptr},
+    {20, "IQ4_NL", Kind::kQ8S, 32, 18, decode_iq4_nl, nullptr},
+    {23, "IQ4_XS", Kind::kQ8S, 256, 136, decode_iq4_xs, nullptr},
 };
 
 const Format& format_of(int ggml_type) {

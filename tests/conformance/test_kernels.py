@@ -22,6 +22,7 @@ from tests.tiny import TinyShape, write_tiny_gguf
 from hob import native
 from hob.engine.base import Batch, Out
 from hob.models import ggml_types as ggml
+from hob.models.ggml_types import GGML_TYPES
 from hob.models.pack import KIND_OF_TYPE, Packed, ensure_packed, open_packed
 from hob.native import _core, layout, reference, reference_sampling
 from hob.request import SamplingParams
@@ -215,21 +216,41 @@ def test_packing_keeps_the_weights(name: str, n: int) -> None:
     np.testing.assert_allclose(got, quants.dequantize(raw, ggml_type), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("ggml_type", "block_bytes"), [(ggml.Q4_K, 144), (ggml.Q5_K, 176), (ggml.Q6_K, 210)])
-def test_packing_k_quants_rounds_little(ggml_type: int, block_bytes: int) -> None:
+SCALES = {
+    ggml.Q2_K: [80, 82],
+    ggml.Q3_K: [108],
+    ggml.Q4_K: [0, 2],
+    ggml.Q5_K: [0, 2],
+    ggml.Q6_K: [208],
+    ggml.IQ4_XS: [0],
+}
+"""Bytes of a block at which its float16 scales lie; all others may be anything."""
+
+
+@pytest.mark.parametrize("ggml_type", SCALES, ids=lambda number: GGML_TYPES[number].name)
+def test_packing_blocks_of_256_rounds_little(ggml_type: int) -> None:
     quants = pytest.importorskip("gguf.quants")
     from gguf import GGMLQuantizationType
 
-    raw = np.random.default_rng(1).integers(0, 256, (5, 2, block_bytes)).astype(np.uint8)
-    at = 208 if ggml_type == ggml.Q6_K else 0
-    raw[:, :, at : at + (2 if ggml_type == ggml.Q6_K else 4)] = np.tile(
-        np.array([0.01], np.float16).view(np.uint8), 1 if at else 2
-    )
+    raw = np.random.default_rng(1).integers(0, 256, (5, 2, GGML_TYPES[ggml_type].block_bytes)).astype(np.uint8)
+    for at in SCALES[ggml_type]:
+        raw[:, :, at : at + 2] = np.array([0.01], np.float16).view(np.uint8)
     expected = quants.dequantize(raw.reshape(5, -1), GGMLQuantizationType(ggml_type))
     kind, data = native.pack_tensor(raw.tobytes(), ggml_type, 5, 512)
     got = layout.decode(layout.Kind(kind), data, 5, 512).dequantise()
     groups = np.abs(expected.reshape(5, 16, 32)).max(axis=2).repeat(32, axis=1)
     assert float((np.abs(got - expected) / np.maximum(groups, 1e-9)).max()) < 0.005
+
+
+def test_packing_iq4_nl_keeps_every_bit() -> None:
+    quants = pytest.importorskip("gguf.quants")
+    from gguf import GGMLQuantizationType
+
+    raw = np.random.default_rng(1).integers(0, 256, (33, 3, 18)).astype(np.uint8)
+    raw[:, :, :2] = normal(1, 33, 3).astype(np.float16)[:, :, None].view(np.uint8)
+    kind, data = native.pack_tensor(raw.tobytes(), ggml.IQ4_NL, 33, 96)
+    expected = quants.dequantize(raw.reshape(33, -1), GGMLQuantizationType.IQ4_NL)
+    assert np.array_equal(layout.decode(layout.Kind(kind), data, 33, 96).dequantise(), expected)
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,16 @@ KIND_OF_TYPE = {
     ggml.Q5_0: Kind.Q8S,
     ggml.Q5_1: Kind.Q8M,
     ggml.Q8_0: Kind.Q8S,
+    ggml.Q2_K: Kind.Q8S,
+    ggml.Q3_K: Kind.Q8S,
     ggml.Q4_K: Kind.Q4M,
     ggml.Q5_K: Kind.Q8M,
     ggml.Q6_K: Kind.Q8S,
+    ggml.IQ4_NL: Kind.Q8S,
+    ggml.IQ4_XS: Kind.Q8S,
 }
-"""What each GGML type becomes. Q6_K is coded anew (its groups have 16 values), Q4_K and Q5_K round their scales."""
+"""What each GGML type becomes. Q2_K, Q3_K and Q6_K are coded anew (their groups have 16 values), Q4_K, Q5_K and IQ4_XS
+round their scales; the others keep every bit."""
 
 NO_CRC = 0xFFFFFFFF
 """Stands for a CRC while the header's length is being found: the widest there is."""
