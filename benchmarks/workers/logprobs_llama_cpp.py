@@ -11,6 +11,17 @@ import llama_cpp
 import numpy as np
 
 
+def without_repacking() -> llama_cpp.llama_model_params:
+    """Weights as they lie in the file: version 0.3.36 crashes on gemma3 with those it repacks for AMX."""
+    params = defaults()
+    params.use_extra_bufts = False
+    return params
+
+
+defaults = llama_cpp.llama_cpp.llama_model_default_params
+llama_cpp.llama_cpp.llama_model_default_params = without_repacking
+
+
 def main(path: str, window: int, out: str) -> None:
     model = llama_cpp.Llama(path, n_ctx=window, n_batch=window, n_ubatch=window, logits_all=True, verbose=False)
     for line in sys.stdin:
