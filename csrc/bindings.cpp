@@ -80,6 +80,20 @@ void open_model(Model* self, const std::string& path, uint64_t data_offset, cons
   new (self) Model(path, data_offset, std::move(shape), entries, isa, num_threads, memory == "map");
 }
 
+using PairTuple = std::tuple<int, std::string, Matrix2<float>, Matrix2<float>>;
+
+// pairs: (layer, matrix, A (rank, K), B (N, rank)). Returns the bytes it takes.
+size_t add_adapter(Model& model, int id, const std::vector<PairTuple>& tuples) {
+  std::vector<AdapterPair> pairs;
+  for (const auto& [layer, target, a, b] : tuples) {
+    if (a.shape(0) != b.shape(1)) refuse("adapter: A of ", target, " has rank ", a.shape(0), ", B has ", b.shape(1));
+    pairs.push_back({layer, target, static_cast<int>(a.shape(0)), static_cast<int>(b.shape(0)), static_cast<int>(a.shape(1)),
+                     a.data(), b.data()});
+  }
+  nb::gil_scoped_release release;
+  return model.add_adapter(id, pairs);
+}
+
 std::pair<int, nb::bytes> pack(nb::handle data, int ggml_type, int64_t n, int64_t k) {
   constexpr int64_t kMost = int64_t{1} << 40;
   if (n < 1 || k < 1 || n > kMost / k) refuse("shape ", n, " x ", k, " is not a matrix");
@@ -226,6 +240,8 @@ NB_MODULE(_core, m) {
 
   nb::class_<Model>(m, "Model")
       .def("__init__", &open_model, "path"_a, "data_offset"_a, "network"_a, "tensors"_a, "isa"_a, "num_threads"_a, "memory"_a)
+      .def("add_adapter", &add_adapter, "adapter"_a, "pairs"_a)
+      .def("remove_adapter", &Model::remove_adapter, "adapter"_a)
       .def_prop_ro("weight_bytes", [](const Model& model) { return model.weight_bytes; })
       .def_prop_ro("num_threads", [](const Model& model) { return model.threads->num_threads(); })
       .def_prop_ro("isa", [](const Model& model) { return model.kernels->name; });

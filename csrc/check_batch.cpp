@@ -37,7 +37,7 @@ void check_batch(const Batch& b, const Workspace& w, const KvPool& pool) {
   check_starts("row_start", b.row_start, b.num_sequences, b.num_rows, true);
   check_starts("table_start", b.table_start, b.num_sequences, b.num_blocks, false);
   for (int s = 0; s < b.num_sequences; ++s) {
-    if (b.adapter[s] != 0) refuse("sequence ", s, ": adapter ", b.adapter[s], " is not loaded");
+    if (b.adapter[s] != 0 && !w.model.adapter(b.adapter[s])) refuse("sequence ", s, ": adapter ", b.adapter[s], " is not loaded");
     const int first = b.table_start[s], length = b.table_start[s + 1] - first;
     int last = -1;
     for (int r = b.row_start[s]; r < b.row_start[s + 1]; last = b.index[r++]) {

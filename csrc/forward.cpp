@@ -16,6 +16,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "check_batch.h"
 #include "pack.h"
@@ -62,7 +63,11 @@ class Step {
     w_.kept_layers.assign(b_.layers, b_.layers + b_.num_kept);
     if (w_.kept_layers.empty()) w_.kept_layers.push_back(net_.num_layers);
     for (int s = 0; s < b_.num_sequences; ++s)
-      for (int r = b_.row_start[s]; r < b_.row_start[s + 1]; ++r) w_.sequence_of[r] = s;
+      for (int r = b_.row_start[s]; r < b_.row_start[s + 1]; ++r) {
+        w_.sequence_of[r] = s;
+        w_.adapter_of[r] = m_.adapter(b_.adapter[s]);
+      }
+    has_adapters_ = std::any_of(b_.adapter, b_.adapter + b_.num_sequences, [](int32_t id) { return id != 0; });
     for (int r = 0; r < b_.num_rows; ++r) switch (static_cast<Out>(b_.out[r])) {
         case Out::kNone: break;
         case Out::kLogits: w_.logits_rows.push_back(r); break;
@@ -155,13 +160,14 @@ class Step {
     k_.quantise(values, acts.num_groups, acts.tiles + static_cast<ptrdiff_t>(i / kTileRows) * acts.num_groups, i % kTileRows);
   }
 
-  // x -> norm -> acts. `point` names the place in the network for the check of finiteness.
-  void normalise(const float* x, const float* weight, int point, int i, bool is_float, bool is_quantised, Scratch& s,
+  // x -> norm -> acts, and where the floats are. `point` names the place in the network for the check of finiteness.
+  const float* normalise(const float* x, const float* weight, int point, int i, bool is_float, bool is_quantised, Scratch& s,
                  const Acts& acts) {
     float* y = is_float ? acts.rows + static_cast<ptrdiff_t>(i) * acts.stride : s.row;
     const float sum = k_.rms_norm(x, weight, net_.hidden_size, m_.hidden_padded(), net_.rms_eps, y);
     if (!std::isfinite(sum)) note_bad(point);
     if (is_quantised) fill(acts, i, y);
+    return y;
   }
 
   // A view of the thread's input buffer for rows of k values.
@@ -172,7 +178,10 @@ class Step {
     const Acts acts = shaped(s.in, net_.hidden_size);
     const bool is_quantised = l.q.is_quantised() || l.k.is_quantised() || l.v.is_quantised();
     const bool is_float = !l.q.is_quantised() || !l.k.is_quantised() || !l.v.is_quantised();
-    for (int i = 0; i < count; ++i) normalise(row_x(first + i), l.attn_norm, 2 * layer, i, is_float, is_quantised, s, acts);
+    for (int i = 0; i < count; ++i) {
+      const float* y = normalise(row_x(first + i), l.attn_norm, 2 * layer, i, is_float, is_quantised, s, acts);
+      adapt_input(layer, kInputQkv, first + i, i, y, net_.hidden_size, s);
+    }
     return acts;
   }
 
@@ -181,8 +190,10 @@ class Step {
     const Acts acts = shaped(s.in, net_.hidden_size);
     const bool is_quantised = l.gate.is_quantised() || l.up.is_quantised();
     const bool is_float = !l.gate.is_quantised() || !l.up.is_quantised();
-    for (int i = 0; i < count; ++i)
-      normalise(row_x(first + i), l.ffn_norm, 2 * layer + 1, i, is_float, is_quantised, s, acts);
+    for (int i = 0; i < count; ++i) {
+      const float* y = normalise(row_x(first + i), l.ffn_norm, 2 * layer + 1, i, is_float, is_quantised, s, acts);
+      adapt_input(layer, kInputGateUp, first + i, i, y, net_.hidden_size, s);
+    }
     return acts;
   }
 
@@ -195,6 +206,7 @@ class Step {
       if (layer + 1 == net_.num_layers && b_.out[first + i] == 0) std::fill_n(row, w_.q_stride, 0.0f);
       else join_heads(first + i, row);
       if (is_quantised) fill(acts, i, row);
+      adapt_input(layer, kInputO, first + i, i, row, m_.heads_size(), s);
     }
     return acts;
   }
@@ -249,6 +261,34 @@ class Step {
     }
   }
 
+  // ---- adapters: out += B (A x) for the rows that have one, each row by itself ----
+
+  // A x of row r, the i-th of those at work, for all matrices that read this input.
+  void adapt_input(int layer, Input input, int r, int i, const float* x, int k, Scratch& s) {
+    if (!has_adapters_ || !w_.adapter_of[r]) return;
+    const AdapterLayer& l = w_.adapter_of[r]->layer(layer);
+    for (int p = 0; p * kPanel < l.stacked[input]; ++p)
+      k_.linear_f32(l.a[input] + static_cast<ptrdiff_t>(p) * k * kPanel, k, x, 0, 1, s.adapted + i * kMaxStacked + p * kPanel, 0, false);
+  }
+
+  // The input of down, which is there in full only when all panels of gate and up are done.
+  void adapt_down_input(int layer, int first, int count, const Acts& ffn, Scratch& s) {
+    for (int i = 0; i < count && has_adapters_; ++i)
+      adapt_input(layer, kInputDown, first + i, i, ffn.rows + static_cast<ptrdiff_t>(i) * ffn.stride, net_.ffn_size, s);
+  }
+
+  // What `project` gave for rows first .. first + count, in the same place.
+  void adapt(int layer, Target target, int first, int count, int first_panel, int end_panel, float* out, ptrdiff_t stride,
+             const Scratch& s) {
+    for (int i = 0; i < count && has_adapters_; ++i) {
+      if (!w_.adapter_of[first + i]) continue;
+      const AdapterLayer::Part& part = w_.adapter_of[first + i]->layer(layer).part[target];
+      for (int p = first_panel; p < end_panel && part.b; ++p)
+        k_.linear_f32(part.b + static_cast<ptrdiff_t>(p) * part.rank * kPanel, part.rank, s.adapted + i * kMaxStacked + part.first, 0,
+                      1, out + i * stride + p * kPanel, 0, true);
+    }
+  }
+
   // QKV is worked on in units of one head, so that the thread that has a head's values rotates and stores them too.
   // A head that does not fill panels (head_dim % 32 != 0), or is normalised with the others, makes its whole matrix one unit.
   bool is_head_unit() const { return net_.head_dim % kPanel == 0 && !net_.is_qk_norm_joint; }
@@ -265,6 +305,8 @@ class Step {
     float* base = is_query ? w_.q + static_cast<ptrdiff_t>(first) * w_.q_stride : s.heads;
     const ptrdiff_t stride = is_query ? w_.q_stride : padded(m_.kv_size());
     project(matrix, acts, count, local * panels, (local + 1) * panels, base, stride, false);
+    adapt(layer, is_query ? kTargetQ : (is_key ? kTargetK : kTargetV), first, count, local * panels, (local + 1) * panels, base,
+          stride, s);
     const float* bias = is_query ? l.q_bias : (is_key ? l.k_bias : l.v_bias);
     const float* norm = is_query ? l.q_norm : (is_key ? l.k_norm : nullptr);
     for (int i = 0; i < count; ++i) {
@@ -309,16 +351,19 @@ class Step {
     }
   }
 
-  void gate_up_panel(int layer, int p, const Acts& in, int count, const Acts& ffn, Scratch& s) {
+  // Panel p of what goes into down, for rows first .. first + count.
+  void gate_up_panel(int layer, int p, const Acts& in, int first, int count, const Acts& ffn, Scratch& s) {
     const Layer& l = m_.layers[static_cast<size_t>(layer)];
     project(l.gate, in, count, p, p + 1, s.gate - p * kPanel, kPanel, false);
     project(l.up, in, count, p, p + 1, s.up - p * kPanel, kPanel, false);
+    adapt(layer, kTargetGate, first, count, p, p + 1, s.gate - p * kPanel, kPanel, s);
+    adapt(layer, kTargetUp, first, count, p, p + 1, s.up - p * kPanel, kPanel, s);
     m_.gate_mul(s.gate, s.up, count * kPanel, s.gate);
     for (int i = 0; i < count; ++i) {
       const float* y = s.gate + i * kPanel;
       if (l.down.is_quantised())
         k_.quantise(y, 1, ffn.tiles + static_cast<ptrdiff_t>(i / kTileRows) * ffn.num_groups + p, i % kTileRows);
-      else
+      if (!l.down.is_quantised() || has_adapters_)
         std::copy_n(y, kPanel, ffn.rows + static_cast<ptrdiff_t>(i) * ffn.stride + p * kPanel);
     }
   }
@@ -411,16 +456,22 @@ class Step {
       timed(kOut, l.o.num_panels, [&](int p, int thread) {
         Scratch& s = scratch(thread);
         const Acts in = prepared(s, m_.heads_size(), [&] { return out_input(layer, 0, n, s); });
-        project(l.o, in, n, p, p + 1, branch(l.post_attn_norm, 0), m_.hidden_padded(), !l.post_attn_norm);
+        float* out = branch(l.post_attn_norm, 0);
+        project(l.o, in, n, p, p + 1, out, m_.hidden_padded(), !l.post_attn_norm);
+        adapt(layer, kTargetO, 0, n, p, p + 1, out, m_.hidden_padded(), s);
       });
       add_branches(kOut, l.post_attn_norm);
       timed(kGateUp, l.gate.num_panels, [&](int p, int thread) {
         Scratch& s = scratch(thread);
         const Acts in = prepared(s, net_.hidden_size, [&] { return ffn_input(layer, 0, n, s); });
-        gate_up_panel(layer, p, in, n, w_.ffn, s);
+        gate_up_panel(layer, p, in, 0, n, w_.ffn, s);
       });
-      timed(kDown, l.down.num_panels, [&](int p, int) {
-        project(l.down, w_.ffn, n, p, p + 1, branch(l.post_ffn_norm, 0), m_.hidden_padded(), !l.post_ffn_norm);
+      timed(kDown, l.down.num_panels, [&](int p, int thread) {
+        Scratch& s = scratch(thread);
+        if (std::exchange(s.prepared, w_.job) != w_.job) adapt_down_input(layer, 0, n, w_.ffn, s);
+        float* out = branch(l.post_ffn_norm, 0);
+        project(l.down, w_.ffn, n, p, p + 1, out, m_.hidden_padded(), !l.post_ffn_norm);
+        adapt(layer, kTargetDown, 0, n, p, p + 1, out, m_.hidden_padded(), s);
       });
       add_branches(kDown, l.post_ffn_norm);
       keep(layer + 1, 0, n);
@@ -437,13 +488,16 @@ class Step {
 
   void finish_rows(int layer, int first, int count, Scratch& s) {
     const Layer& l = m_.layers[static_cast<size_t>(layer)];
-    project(l.o, out_input(layer, first, count, s), count, 0, l.o.num_panels, branch(l.post_attn_norm, first),
-            m_.hidden_padded(), !l.post_attn_norm);
+    float* out = branch(l.post_attn_norm, first);
+    project(l.o, out_input(layer, first, count, s), count, 0, l.o.num_panels, out, m_.hidden_padded(), !l.post_attn_norm);
+    adapt(layer, kTargetO, first, count, 0, l.o.num_panels, out, m_.hidden_padded(), s);
     add_branch(l.post_attn_norm, first, count, s);
     const Acts in = ffn_input(layer, first, count, s);
-    for (int p = 0; p < l.gate.num_panels; ++p) gate_up_panel(layer, p, in, count, s.ffn, s);
-    project(l.down, s.ffn, count, 0, l.down.num_panels, branch(l.post_ffn_norm, first), m_.hidden_padded(),
-            !l.post_ffn_norm);
+    for (int p = 0; p < l.gate.num_panels; ++p) gate_up_panel(layer, p, in, first, count, s.ffn, s);
+    adapt_down_input(layer, first, count, s.ffn, s);
+    out = branch(l.post_ffn_norm, first);
+    project(l.down, s.ffn, count, 0, l.down.num_panels, out, m_.hidden_padded(), !l.post_ffn_norm);
+    adapt(layer, kTargetDown, first, count, 0, l.down.num_panels, out, m_.hidden_padded(), s);
     add_branch(l.post_ffn_norm, first, count, s);
   }
 
@@ -539,6 +593,7 @@ class Step {
   const Network& net_;
   const Kernels& k_;
   const Batch& b_;
+  bool has_adapters_ = false;
 };
 
 }  // namespace

@@ -176,6 +176,14 @@ void Model::read_weights(const std::string& path, uint64_t data_offset, uint64_t
   data_ = region_.data();
 }
 
+size_t Model::add_adapter(int id, const std::vector<AdapterPair>& pairs) {
+  if (id < 1) refuse("adapter id is ", id, ", expected 1 or more");
+  auto made = std::make_unique<Adapter>(*this, pairs);
+  const size_t bytes = made->num_bytes();
+  adapters_[id] = std::move(made);
+  return bytes;
+}
+
 Matrix Model::matrix(const std::string& name, int n, int k) const {
   for (const auto& t : tensors_) {
     if (t.name != name) continue;

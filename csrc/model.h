@@ -4,10 +4,12 @@
 // pointer. Errors are std::invalid_argument with the numbers.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "adapter.h"
 #include "kernels.h"
 #include "memory.h"
 #include "threads.h"
@@ -84,6 +86,15 @@ class Model {
   uint64_t weight_bytes = 0;
   std::unique_ptr<ThreadPool> threads;
 
+  // Between steps only. Ids are the caller's, from 1 on; 0 is none. Throws std::invalid_argument.
+  size_t add_adapter(int id, const std::vector<AdapterPair>& pairs);
+  void remove_adapter(int id) { adapters_.erase(id); }
+  // Null for an id that is not there.
+  const Adapter* adapter(int id) const {
+    const auto found = adapters_.find(id);
+    return found == adapters_.end() ? nullptr : found->second.get();
+  }
+
   int hidden_padded() const { return padded(network.hidden_size); }
   int heads_size() const { return network.num_heads * network.head_dim; }
   int kv_size() const { return network.num_kv_heads * network.head_dim; }
@@ -102,6 +113,7 @@ class Model {
   Region region_;
   const uint8_t* data_ = nullptr;
   std::vector<std::vector<float>> vectors_;
+  std::map<int, std::unique_ptr<Adapter>> adapters_;
 };
 
 }  // namespace hob

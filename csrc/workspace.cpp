@@ -34,6 +34,7 @@ Workspace::Workspace(const Model& model_, int max_rows_) : model(model_), max_ro
   arena_.add(&cos, angles);
   arena_.add(&sin, angles);
   arena_.add(&sequence_of, rows);
+  arena_.add(&adapter_of, rows);
   arena_.add(&first_partial, rows * heads);
   arena_.add(&num_partials, rows * heads);
   arena_.add(&partials, static_cast<size_t>(kMaxPartials) * static_cast<size_t>(kPartialHead + net.head_dim));
@@ -53,6 +54,7 @@ Workspace::Workspace(const Model& model_, int max_rows_) : model(model_), max_ro
     arena_.add(&s.gate, kMaxBlockRows * kPanel);
     arena_.add(&s.up, kMaxBlockRows * kPanel);
     arena_.add(&s.attention, attention_scratch_floats(net.head_dim));
+    arena_.add(&s.adapted, static_cast<size_t>(kMaxBlockRows) * kMaxStacked);
     arena_.add(&s.logits, vocab);
     arena_.add(&s.weights, vocab);
     arena_.add(&s.maxima, vocab / 32);

@@ -38,6 +38,7 @@ struct Scratch {
   float* gate;       // (kMaxBlockRows, 32)
   float* up;         // (kMaxBlockRows, 32)
   float* attention;  // attention_scratch_floats
+  float* adapted;    // (kMaxBlockRows, kMaxStacked) A x of the rows' adapters
   float* logits;     // (Vp) penalised copy of a row
   float* weights;    // (Vp) exp of it
   float* maxima;     // (Vp / 32)
@@ -68,6 +69,7 @@ class Workspace {
   float* cos;       // (ropes, R, rope_dim / 2)
   float* sin;       // (ropes, R, rope_dim / 2)
   int32_t* sequence_of;     // (R)
+  const Adapter** adapter_of;  // (R) null: none
   int32_t* first_partial;   // (R, heads) slot in `partials`
   int32_t* num_partials;    // (R, heads) 0: the result is in `attended`
   float* partials;          // (kMaxPartials, kPartialHead + head_dim)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hob import native
 from hob.config import EngineConfig
+from hob.engine.adapters import read_adapter
 from hob.engine.base import BLOCK_SIZE, Batch, Draw, Sampled, Scores, StepInfo
 from hob.errors import InternalError, ModelFileError, Overloaded
 from hob.messages import ModelInfo
@@ -57,6 +58,7 @@ class LocalEngine:
             )
         except ValueError as error:
             raise ModelFileError(f"{packed_path}: {error}") from error
+        self._network = packed.network
         self._workspace = native.Workspace(self._model, max_rows)
         self._pool: native.KvPool | None = None
         self.max_rows = max_rows
@@ -72,6 +74,18 @@ class LocalEngine:
             raise Overloaded(f"no memory for {num_blocks} KV blocks ({wanted:,} bytes): {error}") from error
         if self._pool.block_bytes != self.block_bytes:
             raise InternalError(f"a KV block has {self._pool.block_bytes} bytes, expected {self.block_bytes}")
+
+    def load_adapter(self, adapter_id: int, path: Path) -> int:
+        """Keep a LoRA adapter under an id from 1 on, between steps; the bytes it takes. Raises ModelFileError."""
+        pairs = read_adapter(path, self._network)
+        try:
+            return self._model.add_adapter(adapter_id, [(p.layer, p.target, p.a, p.b) for p in pairs])
+        except ValueError as error:
+            raise ModelFileError(f"{path}: {error}") from error
+
+    def drop_adapter(self, adapter_id: int) -> None:
+        """Give an adapter's memory back, between steps."""
+        self._model.remove_adapter(adapter_id)
 
     def forward(self, batch: Batch) -> StepInfo:
         """One step on all threads, without the GIL."""

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from hob import native
 from hob.errors import HobError, InternalError, ModelFileError, error_from_name
@@ -227,12 +228,18 @@ def canonical_rows(gguf: GgufFile, info: TensorInfo, network: Network) -> bytes:
     data = gguf.tensor_data(info.name)
     if num_heads is None:
         return bytes(data)
-    dims = np.arange(network.head_dim)
-    dims[: network.rope_dim] = dims[: network.rope_dim].reshape(-1, 2).T.ravel()
-    order = (np.arange(num_heads)[:, None] * network.head_dim + dims).ravel()
+    order = canonical_order(network, num_heads)
     rows = np.frombuffer(data, np.uint8).reshape(len(order), -1)
     moved: bytes = rows[order].tobytes()
     return moved
+
+
+def canonical_order(network: Network, num_heads: int) -> NDArray[np.intp]:
+    """Which row of an interleaved Q or K matrix goes where, (num_heads * head_dim,)."""
+    dims = np.arange(network.head_dim)
+    dims[: network.rope_dim] = dims[: network.rope_dim].reshape(-1, 2).T.ravel()
+    order: NDArray[np.intp] = (np.arange(num_heads)[:, None] * network.head_dim + dims).ravel()
+    return order
 
 
 def main(arguments: list[str]) -> int:

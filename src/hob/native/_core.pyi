@@ -35,6 +35,11 @@ class Model:
     ) -> None:
         """`network`: fields of models/network.py. `tensors`: (name, kind, N, K, offset, nbytes), offsets from
         `data_offset`, multiples of 64. `num_threads` counts the caller. `memory`: 'copy', 'map'. Raises ValueError."""
+    def add_adapter(self, adapter: int, pairs: Sequence[tuple[int, str, Floats, Floats]]) -> int:
+        """Keep a LoRA adapter under an id from 1 on, or replace it; between steps only. pairs: (layer, matrix as
+        'attn_q', A (rank, K), B (N, rank) with the scale in it). -> the bytes it takes. Raises ValueError."""
+    def remove_adapter(self, adapter: int) -> None:
+        """Give its memory back; between steps only."""
     @property
     def weight_bytes(self) -> int: ...
     @property

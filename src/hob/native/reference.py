@@ -42,6 +42,7 @@ class Batch(Protocol):
     row_start: NDArray[np.int32]
     table_start: NDArray[np.int32]
     blocks: NDArray[np.int32]
+    adapter: NDArray[np.int32]
     num_tops: int
     layers: NDArray[np.int32]
 
@@ -183,6 +184,8 @@ class Model:
     def __init__(self, packed: Packed) -> None:
         self.network = packed.network
         self.weights: dict[str, Weight] = {}
+        self.adapters: dict[int, dict[str, tuple[Floats, Floats]]] = {}
+        """By id: A (rank, K) and B (N, rank) of the matrices that are adapted, by name without '.weight'."""
         for tensor in packed.tensors:
             data, kind = packed.read_tensor(tensor), Kind(tensor.kind)
             self.weights[tensor.name] = (
@@ -197,7 +200,7 @@ class Model:
         residuals = [x]
         for layer in range(self.network.num_layers):
             x = x + self._post_norm(layer, "attention", self._attention(layer, x, pool, batch))
-            x = x + self._post_norm(layer, "ffw", self._ffn(layer, x))
+            x = x + self._post_norm(layer, "ffw", self._ffn(layer, x, batch))
             residuals.append(x)
         x = rms_norm(x, self._vector("output_norm.weight"), self.network.rms_eps)
         wanted = batch.layers.tolist() or [self.network.num_layers]
@@ -221,9 +224,9 @@ class Model:
         is_sliding = bool(net.sliding_layers) and net.sliding_layers[layer]
         angles = rope_angles(net, batch.position, is_sliding)
         normed = rms_norm(x, self._vector(f"{name}_norm.weight"), net.rms_eps)
-        query = rope(self._normed_heads(normed, f"{name}_q", net.num_heads), angles)
-        keys = rope(self._normed_heads(normed, f"{name}_k", net.num_kv_heads), angles)
-        values = self._heads(normed, f"{name}_v", net.num_kv_heads)
+        query = rope(self._normed_heads(normed, f"{name}_q", net.num_heads, batch), angles)
+        keys = rope(self._normed_heads(normed, f"{name}_k", net.num_kv_heads, batch), angles)
+        values = self._heads(normed, f"{name}_v", net.num_kv_heads, batch)
         scale, window = net.attention_scale or net.head_dim**-0.5, net.sliding_window if is_sliding else 0
         attended = np.empty_like(query)
         for s in range(len(batch.row_start) - 1):
@@ -234,28 +237,37 @@ class Model:
             pool.write(layer, slots[batch.index[rows]], keys[rows], values[rows])
             seen = pool.read(layer, slots[: lengths.max(initial=0)])
             attended[rows] = attention(query[rows], *seen, lengths, scale, window)
-        return linear(attended.reshape(len(x), -1), self.weights[f"{name}_output.weight"])
+        return self._linear(attended.reshape(len(x), -1), f"{name}_output", batch)
 
-    def _heads(self, x: Floats, name: str, num_heads: int) -> Floats:
+    def _linear(self, x: Floats, name: str, batch: Batch) -> Floats:
+        """A linear layer, each sequence with its adapter: Hu et al. 2021, arXiv:2106.09685."""
         y = linear(x, self.weights[f"{name}.weight"])
+        for s, adapter in enumerate(batch.adapter):
+            if adapter and name in self.adapters[adapter]:
+                a, b = self.adapters[adapter][name]
+                rows = slice(batch.row_start[s], batch.row_start[s + 1])
+                y[rows] += x[rows] @ a.T @ b.T
+        return y
+
+    def _heads(self, x: Floats, name: str, num_heads: int, batch: Batch) -> Floats:
+        y = self._linear(x, name, batch)
         if self.network.qkv_bias:
             y += self._vector(f"{name}.bias")
         return y.reshape(len(x), num_heads, self.network.head_dim)
 
-    def _normed_heads(self, x: Floats, name: str, num_heads: int) -> Floats:
-        heads = self._heads(x, name, num_heads)
+    def _normed_heads(self, x: Floats, name: str, num_heads: int, batch: Batch) -> Floats:
+        heads = self._heads(x, name, num_heads, batch)
         if not self.network.qk_norm:
             return heads
         weight = self._vector(f"{name}_norm.weight")
         y: Floats = rms_norm(heads.reshape(len(x), -1, len(weight)), weight, self.network.rms_eps).reshape(heads.shape)
         return y
 
-    def _ffn(self, layer: int, x: Floats) -> Floats:
+    def _ffn(self, layer: int, x: Floats, batch: Batch) -> Floats:
         name = f"blk.{layer}.ffn"
         normed = rms_norm(x, self._vector(f"{name}_norm.weight"), self.network.rms_eps)
-        gate = linear(normed, self.weights[f"{name}_gate.weight"])
-        up = linear(normed, self.weights[f"{name}_up.weight"])
-        return linear(ACTIVATIONS[self.network.activation](gate) * up, self.weights[f"{name}_down.weight"])
+        gate, up = self._linear(normed, f"{name}_gate", batch), self._linear(normed, f"{name}_up", batch)
+        return self._linear(ACTIVATIONS[self.network.activation](gate) * up, f"{name}_down", batch)
 
     def _outputs(self, x: Floats, states: Floats, batch: Batch) -> Result:
         head = self.weights["token_embd.weight" if self.network.tied_head else "output.weight"]
