@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,10 +137,13 @@ def _open_contexts(config: Config, policy: Policy) -> ContextStore | None:
         return None
 
 
-def make_server(config: Config, handle: EngineHandle, chosen: Chosen, created: int, grace_s: int) -> uvicorn.Server:
+def make_server(
+    config: Config, handle: EngineHandle, chosen: Chosen, created: int, grace_s: int, tick: Callable[[float], None]
+) -> uvicorn.Server:
     """Import and build the API, which takes most of a second: meant for a thread while the engine process loads.
 
     created: Unix time of the daemon's start. grace_s: how long it waits for requests when it is told to stop.
+    tick: called about once a second with how many seconds nobody has asked for anything.
     """
     import uvicorn
 
@@ -159,6 +163,13 @@ def make_server(config: Config, handle: EngineHandle, chosen: Chosen, created: i
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield
+
+        async def on_tick(self, counter: int) -> bool:
+            """See uvicorn, which calls it ten times a second."""
+            if counter % 10 == 0:
+                observer = services.observer
+                tick(0.0 if observer.in_flight else time.monotonic() - observer.last_active)
+            return await super().on_tick(counter)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             """See uvicorn. Streams that go on for ever end first: nobody needs to wait for them."""

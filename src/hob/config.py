@@ -45,6 +45,8 @@ class ServerConfig:
     """Port of the TCP listener. 0: any free one."""
     max_body_bytes: int = 8 << 20
     """Largest request body accepted."""
+    idle_exit_s: float = 0.0
+    """End after this many seconds without a request. For a service that systemd starts again. 0: never."""
     log_json: bool = False
     """Log one JSON object a line instead of text."""
 
@@ -278,6 +280,7 @@ def _check(config: Config) -> None:
         "port": (config.server.port, 0),
         "threads": (config.engine.threads, 0),
         "max_body_bytes": (config.server.max_body_bytes, 1024),
+        "idle_exit_s": (config.server.idle_exit_s, 0),
         "max_running": (config.scheduler.max_running, 1),
         "max_step_tokens": (config.scheduler.max_step_tokens, 16),
         "max_step_s": (config.scheduler.max_step_s, 0.001),

@@ -3,7 +3,8 @@
     startup     take the lock and the ports; find and pack the model; start the engine process first, because loading
                 weights takes longest, and import and load the text side while it does
     main_loop   uvicorn serves one app on the Unix socket and on loopback TCP
-    shutdown    stop accepting; let requests finish for a few seconds; end the engine; remove what was made
+    shutdown    stop accepting; let requests finish for a few seconds; end the engine; remove what was made,
+                or (SIGUSR2) keep lock and sockets and execute the program anew: clients wait meanwhile, none is refused
 
 An engine process that dies is replaced by `service.handle`; the daemon goes on.
 """
@@ -17,14 +18,16 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hob import __version__
+from hob import __version__, systemd
 from hob.assembly import choose_model, make_engine, make_server
 from hob.config import Config
 from hob.errors import EngineUnavailable
-from hob.rundir import DaemonState, RunDir, bind_tcp
+from hob.rundir import DaemonState, RunDir, bind_tcp, check_loopback
 
 if TYPE_CHECKING:
     import uvicorn
@@ -50,11 +53,14 @@ class Daemon:
         self._handle: EngineHandle | None = None
         self._server: uvicorn.Server | None = None
         self._starting: asyncio.Task[uvicorn.Server] | None = None
+        self._is_restarting = False
+        self._watchdog_due = 0.0
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises the HobError that keeps it from starting."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._request_stop)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, self._request_restart)
         # A token that arrives must not push a compute thread off its core in the middle of a layer: batch threads wait
         # for an idle moment or the next tick. Not passed on to the engine process.
         os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
@@ -63,16 +69,24 @@ class Daemon:
             self._starting = asyncio.create_task(self._startup())
             with contextlib.suppress(asyncio.CancelledError):
                 self._server = await self._starting
-                await self._server.serve(sockets=self._sockets)  # its main loop
+                systemd.notify("READY=1", f"STATUS=serving {self.config.engine.model}")
+                await self._server.serve(sockets=[each.dup() for each in self._sockets])  # its main loop
         finally:
             await self._shutdown()
 
     def _claim(self) -> None:
         """Take lock and sockets. From here on nobody else starts on them, and early clients wait."""
+        inherited = systemd.inherit()
+        if inherited.unix is not None:
+            self.rundir = RunDir(Path(inherited.unix.getsockname()))
         self.rundir.prepare()
-        self.rundir.lock()
-        self._sockets.append(self.rundir.bind())
-        tcp = bind_tcp(self.config.server.host, self.config.server.port)
+        if inherited.unix is not None:
+            self.rundir.adopt(inherited.lock_fd, inherited.is_own)
+        else:
+            self.rundir.lock()
+        self._sockets.append(inherited.unix or self.rundir.bind())
+        tcp = inherited.tcp or bind_tcp(self.config.server.host, self.config.server.port)
+        check_loopback(tcp)
         self._sockets.append(tcp)
         host, port = tcp.getsockname()[:2]
         self.rundir.write_state(
@@ -94,7 +108,7 @@ class Daemon:
         engine = asyncio.create_task(handle.start())
         try:
             server = await asyncio.to_thread(
-                make_server, self.config, handle, chosen, int(self.started), GRACE_S + FAREWELL_S
+                make_server, self.config, handle, chosen, int(self.started), GRACE_S + FAREWELL_S, self._tick
             )
             await engine
         finally:
@@ -108,13 +122,41 @@ class Daemon:
     async def _shutdown(self) -> None:
         if self._handle is not None:
             await self._handle.stop()
+        if self._is_restarting:
+            return
         for listener in self._sockets:
             listener.close()
         self.rundir.release()
         if self._handle is not None:
             log.info("stopped")
 
+    def execute_anew(self) -> None:
+        """After `run`: if a restart was asked for, become the program as it is installed now, with lock and sockets."""
+        if self._is_restarting:
+            systemd.hand_over(self.rundir.lock_fd, self._sockets, self.rundir.is_own_socket)
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+    def _tick(self, idle_s: float) -> None:
+        """About once a second: tell the watchdog that the loop turns, and end if nobody has asked for long enough."""
+        every_s, now = systemd.watchdog_s(), time.monotonic()
+        if every_s is not None and now >= self._watchdog_due:
+            self._watchdog_due = now + every_s / 2 - 1.0
+            systemd.notify("WATCHDOG=1")
+        if 0 < self.config.server.idle_exit_s <= idle_s and self._server is not None and not self._server.should_exit:
+            log.info("nobody has asked for %.0f s: ending", idle_s)
+            self._request_stop()
+
+    def _request_restart(self) -> None:
+        if self._server is None or self._server.should_exit:
+            return  # it has only just begun, or is on its way out
+        log.info("restarting: lock and sockets are kept")
+        systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._is_restarting = True
+        self._request_stop()
+
     def _request_stop(self) -> None:
+        if not self._is_restarting:
+            systemd.notify("STOPPING=1")
         if self._server is not None:
             self._server.force_exit = self._server.should_exit  # the second time: at once
             self._server.should_exit = True

@@ -19,6 +19,7 @@ import socket
 import stat
 import time
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 import msgspec
@@ -64,6 +65,8 @@ class RunDir:
 
     def __post_init__(self) -> None:
         self._lock_fd: int | None = None
+        self.is_own_socket = True
+        """False: somebody else made the socket, and will listen on it after us."""
 
     @property
     def lock_path(self) -> Path:
@@ -95,6 +98,23 @@ class RunDir:
                 f"uid {os.geteuid()} can enter: `chmod 700 {folder}`, or another --socket."
             )
 
+    @property
+    def lock_fd(self) -> int:
+        """The held lock, for a successor."""
+        assert self._lock_fd is not None, "the lock is not held"
+        return self._lock_fd
+
+    def adopt(self, lock_fd: int | None, is_own_socket: bool) -> None:
+        """Become the daemon of this path with a socket that was passed, and with the predecessor's lock if it was too.
+
+        Raises AlreadyRunning.
+        """
+        self.is_own_socket = is_own_socket
+        if lock_fd is None:
+            self.lock()
+        else:
+            self._lock_fd = lock_fd
+
     def lock(self) -> None:
         """Become the daemon of this path, or raise AlreadyRunning naming the one that is. Removes a leftover socket."""
         descriptor = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -107,7 +127,8 @@ class RunDir:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._lock_fd = descriptor
-        self.socket_path.unlink(missing_ok=True)
+        if self.is_own_socket:
+            self.socket_path.unlink(missing_ok=True)
         self.state_path.unlink(missing_ok=True)
 
     def bind(self) -> socket.socket:
@@ -158,7 +179,7 @@ class RunDir:
         """Remove what was made and give the lock up. The lock file itself stays: removing it would race."""
         if self._lock_fd is None:
             return
-        for path in (self.socket_path, self.state_path):
+        for path in (self.socket_path, self.state_path) if self.is_own_socket else (self.state_path,):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
         os.ftruncate(self._lock_fd, 0)
@@ -187,14 +208,24 @@ def bind_tcp(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            owner = _owner_of_port(port)
+            owner = owner_of_port(port)
             used = f"port in use by {owner}" if owner else "port in use by another program"
             raise AlreadyRunning(f"cannot start on {host}:{port}, {used}. Use `hob stop`, or --port.") from None
         raise ConfigError(f"cannot start on {host}:{port}: {error.strerror}. Choose another --port.") from error
     return listener
 
 
-def _owner_of_port(port: int) -> str | None:
+def check_loopback(listener: socket.socket) -> None:
+    """Raises ConfigError for a socket, made here or passed, that others than this machine could reach."""
+    host = listener.getsockname()[0]
+    if not ip_address(host.split("%")[0]).is_loopback:
+        raise ConfigError(
+            f"a socket on '{host}' would be open to other machines. Expected 127.0.0.1 or ::1: there is no encryption "
+            "and no password between machines. Use ssh -L, or mend the ListenStream of hob.socket."
+        )
+
+
+def owner_of_port(port: int) -> str | None:
     """'pid 4121 (hob serve)' of the process that listens on a TCP port, as far as /proc tells us."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):

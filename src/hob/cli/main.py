@@ -14,7 +14,7 @@ import sys
 
 import typer
 
-from hob.cli import apps, look, models, policy, service, settings, show, talk
+from hob.cli import apps, look, machine, models, policy, service, settings, show, talk
 from hob.errors import HobError, UserError
 
 INTERRUPTED = 130
@@ -68,6 +68,11 @@ for _command in (
     models.rm,
     settings.config,
     show.demo,
+    machine.install,
+    machine.uninstall,
+    machine.restart,
+    machine.doctor,
+    machine.completion,
 ):
     app.command(name=_command.__name__.removesuffix("_models"))(_command)
 
@@ -82,6 +87,10 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(args: list[str]) -> int:
+    if "_HOB_COMPLETE" in os.environ:  # a shell asks what could come next
+        from typer._completion_classes import completion_init
+
+        completion_init()
     try:
         status = typer.main.get_command(app)(args, prog_name="hob", standalone_mode=False)
         sys.stdout.flush()

@@ -50,7 +50,9 @@ def serve(
 
     logs.set_up(config.server.log_json)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    asyncio.run(Daemon(config).run())
+    daemon = Daemon(config)
+    asyncio.run(daemon.run())
+    daemon.execute_anew()
 
 
 def stop() -> None:
