@@ -72,16 +72,34 @@ class Row {
   const float* changed() {
     const int bias = d_.bias_start[i_ + 1] - d_.bias_start[i_];
     const bool is_penalised = d_.repetition[i_] != 1.0f || d_.presence[i_] != 0.0f || d_.frequency[i_] != 0.0f;
-    if (bias == 0 && !is_penalised && !d_.mask) return raw_;
+    const uint8_t* mask = narrowing_mask();
+    if (bias == 0 && !is_penalised && !mask) return raw_;
     std::memcpy(s_.logits, raw_, static_cast<size_t>(n_) * sizeof(float));
     for (int j = d_.bias_start[i_]; j < d_.bias_start[i_ + 1]; ++j) s_.logits[d_.bias_ids[j]] += d_.bias_values[j];
     if (is_penalised) penalise();
-    if (d_.mask) {
-      const uint8_t* mask = d_.mask + static_cast<size_t>(i_) * d_.mask_stride;
-      for (int id = 0; id < vocab_; ++id)
-        if (!(mask[id / 8] >> (id % 8) & 1)) s_.logits[id] = kMinusInf;
-    }
+    if (mask) forbid(mask);
     return s_.logits;
+  }
+
+  // The row's mask; null if there is none or it allows every token, as those of sequences without a grammar do.
+  const uint8_t* narrowing_mask() const {
+    if (!d_.mask) return nullptr;
+    const uint8_t* mask = d_.mask + static_cast<size_t>(i_) * d_.mask_stride;
+    const auto allows_all = [](uint8_t byte) { return byte == 0xff; };
+    const bool is_open = std::all_of(mask, mask + vocab_ / 8, allows_all);
+    const int rest = (1 << vocab_ % 8) - 1;
+    return is_open && (mask[vocab_ / 8 - (rest == 0)] & rest) == rest ? nullptr : mask;
+  }
+
+  // Minus infinity for what the mask (vocab_ bits) does not allow. Most bytes are all ones or all zeros.
+  void forbid(const uint8_t* mask) {
+    for (int id = 0; id < vocab_; id += 8) {
+      const int end = std::min(id + 8, vocab_);
+      const uint8_t byte = mask[id / 8];
+      if (byte == 0xff) continue;
+      for (int j = id; j < end; ++j)
+        if (!(byte >> (j - id) & 1)) s_.logits[j] = kMinusInf;
+    }
   }
 
   // counts[id] = 1 + how often `id` was generated, for ids in the history; zero again when done.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from hob.api.services import ChatCodec, TextCodec
     from hob.kvcache.contexts import ContextStore
+    from hob.messages import Vocabulary
     from hob.service.handle import EngineHandle
     from hob.service.policy import Policy
 
@@ -121,6 +122,13 @@ def _load_text(chosen: Chosen) -> tuple[TextCodec, ChatCodec]:
         return tokenizer, ChatEncoder(read_template(gguf.metadata), tokenizer)
 
 
+def _vocabulary(tokenizer: TextCodec, vocab_size: int) -> Vocabulary:
+    from hob.messages import Vocabulary
+
+    tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
+    return Vocabulary(tokens, list(tokenizer.stop_token_ids))
+
+
 def _open_contexts(config: Config, policy: Policy) -> ContextStore | None:
     """The apps' persistent contexts. A service that cannot keep any still answers everything else."""
     from hob.kvcache.contexts import ContextStore
@@ -189,6 +197,7 @@ def make_server(
             return HobProtocol(config=self.config, server_state=self.server_state, app_state=state)
 
     tokenizer, chat = _load_text(chosen)
+    handle.vocabulary = lambda: _vocabulary(tokenizer, handle.model.vocab_size)
     models = [ServedModel(chosen.name, created)]
     policy = Policy(config.policy_path)
     conditions = Conditions(lambda: policy.file.background)

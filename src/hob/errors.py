@@ -168,7 +168,7 @@ def _tree(cls: type[HobError]) -> dict[str, type[HobError]]:
     return found
 
 
-def error_from_name(name: str, message: str, retry_after_s: float | None = None) -> HobError:
+def error_from_name(name: str, message: str, retry_after_s: float | None = None, param: str | None = None) -> HobError:
     """Rebuild an error that crossed a process boundary by name. An unknown name becomes InternalError."""
     cls = _tree(HobError).get(name, InternalError)
-    return cls(message, retry_after_s=retry_after_s)
+    return cls(message, retry_after_s=retry_after_s, param=param)

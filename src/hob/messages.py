@@ -1,6 +1,6 @@
 """What the API process and the engine process say to each other: msgpack frames over one Unix socket pair.
 
-    API -> engine:  Submit, Cancel, ForkContext, DropContext, Shutdown
+    API -> engine:  Submit, Cancel, Vocabulary, ForkContext, DropContext, Shutdown
     engine -> API:  Ready, Report (one per step), Failed
 
 A frame is a 4-byte little-endian length and that many bytes of msgpack. The engine reads what has come between two
@@ -29,6 +29,14 @@ class Cancel(msgspec.Struct, tag="cancel"):
     """The client left: free what the request holds before the next step."""
 
     request_id: str
+
+
+class Vocabulary(msgspec.Struct, tag="vocabulary"):
+    """What tokens add to a text, sent once before the first request that has a grammar."""
+
+    tokens: list[bytes]
+    """By id. Empty: no text."""
+    stop_token_ids: list[int]
 
 
 class ForkContext(msgspec.Struct, tag="fork_context"):
@@ -139,7 +147,7 @@ class Failed(msgspec.Struct, tag="failed"):
     message: str
 
 
-ToEngine = Submit | Cancel | ForkContext | DropContext | Shutdown
+ToEngine = Submit | Cancel | Vocabulary | ForkContext | DropContext | Shutdown
 FromEngine = Ready | Report | Failed
 
 _encoder = msgspec.msgpack.Encoder()

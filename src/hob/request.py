@@ -85,6 +85,20 @@ class SamplingParams:
     """None: none. k: the chosen token's log-probability and the k most likely tokens of each step."""
 
 
+MAX_GRAMMAR_BYTES = 64 << 10
+"""Longest grammar, schema or regular expression."""
+
+
+@dataclass(slots=True)
+class Grammar:
+    """What the output must match. Enforced token by token, or the request is refused: never ignored."""
+
+    lark: str
+    """In Lark's notation as `llguidance` reads it, from the rule `start`."""
+    param: str
+    """The request's field that asked for it, for the refusal."""
+
+
 @dataclass(slots=True)
 class Pool:
     """How the states of a span of the prompt's tokens become one."""
@@ -134,6 +148,8 @@ class Request:
     """Most seconds per output token after the first, on average. None: as its class allows."""
     context_id: str | None = None
     """The persistent context whose turn this is: its KV is kept on disk when the turn ends. None: none."""
+    grammar: Grammar | None = None
+    """Generate: what each sample must match."""
 
 
 Top = tuple[int, float]
@@ -180,6 +196,7 @@ class OutputError:
     name: str
     message: str
     retry_after_s: float | None = None
+    param: str | None = None
 
 
 class SequenceOutput(msgspec.Struct, array_like=True):
@@ -241,6 +258,8 @@ class Sequence:
     score_tops: list[list[Top]] = field(default_factory=list)
     pooled: Pooled | None = None
     """Embed: what is gathered of the hidden states so far."""
+    matcher: object | None = None
+    """Where it stands in its grammar (`engine.grammar.Matcher`), if it has one. The scheduler only carries it."""
     finish_reason: FinishReason | None = None
     usage: Usage = field(default_factory=Usage)
     first_step_s: float | None = None

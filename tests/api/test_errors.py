@@ -68,7 +68,7 @@ def error_of(reply: httpx.Response) -> dict[str, Any]:
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not support"),
         ({"tool_choice": "auto"}, "tool_choice", "none"),
-        ({"response_format": {"type": "json_object"}}, "response_format", '{"type":"text"}'),
+        ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
         ({"modalities": ["text", "audio"]}, "modalities", "audio"),
         ({"store": True}, "store", "false"),
         ({"store": 0}, "store", "false"),

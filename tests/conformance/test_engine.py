@@ -239,6 +239,20 @@ def test_greedy_takes_the_most_likely(engine: Engine) -> None:
         assert [[t for t, _ in s.tops] for s in sampled] == np.argsort(-logits, 1, kind="stable")[:, :3].tolist()
 
 
+def test_a_mask_is_kept_to_and_an_open_one_changes_nothing(engine: Engine) -> None:
+    run(engine, batch((tokens(3, 12), 0, [0])))
+    draws = [Draw(SamplingParams(temperature=1.0, seed=i), 0, i, [], 0) for i in range(3)]
+    masks = np.full((3, 36), 0xFF, np.uint8)
+    masks[1] = 0
+    masks[1, 5] = 0b1000
+    free, masked = engine.sample(draws), engine.sample(draws, masks)
+    assert masked[1].token_id == 43
+    assert [masked[0].token_id, masked[2].token_id] == [free[0].token_id, free[2].token_id]
+    masks[2] = 0
+    with pytest.raises(RuntimeError, match="no token can be chosen"):
+        engine.sample(draws, masks)
+
+
 def test_wrong_batches_are_refused(engine: Engine) -> None:
     with pytest.raises((ValueError, HobError), match="vocab"):
         engine.forward(batch(([259], 0, [0])))

@@ -585,6 +585,27 @@ def test_the_sampler_agrees_with_the_reference(files: dict[str, Packed], isa: st
     np.testing.assert_allclose(logprobs, reference.log_softmax(logits)[np.arange(250), ids], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("params", PARAMS, ids=range(len(PARAMS)))
+def test_the_masked_sampler_agrees_with_the_reference(
+    files: dict[str, Packed], isa: str, params: SamplingParams
+) -> None:
+    """Rows that allow few tokens, half of them, all, and all but the last; bits past the vocabulary say nothing."""
+    core = Native(files["Q8_0"], isa, 2)
+    logits = core.logits(make_batch((tokens(120, 1), 0, list(range(8)))))
+    vocab = logits.shape[1]
+    rng = np.random.default_rng(5)
+    bits = rng.random((120, 36 * 8)) < np.resize([0.02, 0.5, 1.0, 1.0], 120)[:, None]
+    bits[3::4, vocab - 1] = False
+    bits[:, 40] = True  # none is empty
+    masks = np.packbits(bits, axis=1, bitorder="little")
+    ids, _, _ = draw(core, params, rows=120, position=3, mask=masks)
+    assert bits[np.arange(120), ids].all()
+    expected = [reference_sampling.sample(row, params, 0, 3 + i, [], 0, masks[i]) for i, row in enumerate(logits)]
+    assert (ids == expected).mean() > 0.98
+    open_rows, _, _ = draw(core, params, rows=120, position=3)
+    assert ids[2::4].tolist() == open_rows[2::4].tolist()
+
+
 def test_equal_logits_go_to_the_lowest_id(files: dict[str, Packed], isa: str) -> None:
     core = Native(files["F32"], isa)
     core.step(make_batch((tokens(1, 1), 0, [0])))

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from hob.api.body import parse_body
 from hob.api.call import Call
 from hob.api.generate import Delta, Generation, TokenScore
+from hob.api.grammars import grammar_of
 from hob.api.params import (
     chat_logprobs,
     chat_max_tokens,
@@ -49,7 +50,14 @@ async def chat_completions(call: Call, raw: bytes) -> Response:
     params.max_tokens = fit_context(
         len(token_ids), max_tokens, model.context_length, prompt_param="messages", tokens_param=max_tokens_param
     )
-    request = call.request(token_ids, Kind.GENERATE, body.service_class, sampling=params, num_samples=num_samples(body))
+    request = call.request(
+        token_ids,
+        Kind.GENERATE,
+        body.service_class,
+        sampling=params,
+        num_samples=num_samples(body),
+        grammar=grammar_of(body),
+    )
     stamp = Stamp("chatcmpl-", model)
     generation = Generation(call.services.backend, tokenizer, request, stops, call.record.totals)
     if body.stream:

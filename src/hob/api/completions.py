@@ -20,6 +20,7 @@ from hob.api import score
 from hob.api.body import parse_body
 from hob.api.call import Call
 from hob.api.generate import Delta, Generation, TokenScore
+from hob.api.grammars import grammar_of
 from hob.api.inputs import token_lists
 from hob.api.params import (
     check_neutral,
@@ -83,6 +84,7 @@ async def completions(call: Call, raw: bytes) -> Response:
 def _prompts(call: Call, body: CompletionRequest) -> list[Prompt]:
     model, tokenizer = call.services.backend.model, call.services.tokenizer
     samples, stops, echo = num_samples(body), stop_strings(body), bool(body.echo)
+    grammar = grammar_of(body)
     if body.best_of is not None and body.best_of != samples:
         raise InvalidRequest(f"field 'best_of' is {body.best_of}. Expected n, which is {samples}.", param="best_of")
     if body.max_tokens == 0 and not echo:
@@ -96,7 +98,9 @@ def _prompts(call: Call, body: CompletionRequest) -> list[Prompt]:
         params = sampling_params(body, vocab_size=model.vocab_size, stop_token_ids=list(tokenizer.stop_token_ids))
         params.logprobs = completion_logprobs(body)
         params.max_tokens = _max_tokens(body.max_tokens, len(token_ids), model.context_length)
-        request = call.request(token_ids, Kind.GENERATE, body.service_class, sampling=params, num_samples=samples)
+        request = call.request(
+            token_ids, Kind.GENERATE, body.service_class, sampling=params, num_samples=samples, grammar=grammar
+        )
         generation = None
         if params.max_tokens:
             is_scored = echo and params.logprobs is not None

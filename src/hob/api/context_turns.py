@@ -17,6 +17,7 @@ from typing import Any
 from hob.api.call import Call
 from hob.api.chat import plain_messages
 from hob.api.generate import Delta, Generation
+from hob.api.grammars import grammar_of
 from hob.api.params import fit_context, sampling_params, stop_strings
 from hob.api.schema import Message, Sampling
 from hob.api.services import ChatCodec, TextCodec
@@ -84,7 +85,14 @@ async def begin(call: Call, context_id: str, body: TurnRequest, model: ModelInfo
     params.max_tokens = fit_context(
         len(token_ids), body.max_tokens, model.context_length, prompt_param="messages" if kind == CHAT else "prompt"
     )
-    request = call.request(token_ids, Kind.GENERATE, body.service_class, sampling=params, context_id=context_id)
+    request = call.request(
+        token_ids,
+        Kind.GENERATE,
+        body.service_class,
+        sampling=params,
+        context_id=context_id,
+        grammar=grammar_of(body),
+    )
     return Turn(record, history, Facts(record.facts.name, kind), request, stop_strings(body))
 
 

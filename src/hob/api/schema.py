@@ -65,6 +65,10 @@ class Sampling(Body, kw_only=True):
     n: int | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
+    response_format: Any = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
     service_class: str | None = None
     user: str | None = None
 
@@ -85,7 +89,6 @@ class ChatRequest(Sampling, kw_only=True):
     parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
-    response_format: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
@@ -150,7 +153,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (),
     "functions": ([],),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),

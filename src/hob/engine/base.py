@@ -148,8 +148,11 @@ class Engine(Protocol):
         """Compute the batch's rows. Raises InternalError naming the layer if a value is not finite."""
         ...
 
-    def sample(self, draws: Sequence[Draw]) -> list[Sampled]:
-        """Draw a token from each LOGITS row of the last step. Pure: the same draw gives the same token."""
+    def sample(self, draws: Sequence[Draw], masks: NDArray[np.uint8] | None = None) -> list[Sampled]:
+        """Draw a token from each LOGITS row of the last step. Pure: the same draw gives the same token.
+
+        masks: (n, at least ceil(vocab_size / 8)); bit id % 8 of byte id // 8 allows a token. Each row allows one.
+        """
         ...
 
     def logits(self) -> NDArray[np.float32]:

@@ -156,17 +156,22 @@ class FakeEngine:
     def _slot(table: list[int], index: int) -> int:
         return table[index // BLOCK_SIZE] * BLOCK_SIZE + index % BLOCK_SIZE
 
-    def sample(self, draws: Sequence[Draw]) -> list[Sampled]:
-        """The digest's token, or the script's."""
+    def sample(self, draws: Sequence[Draw], masks: NDArray[np.uint8] | None = None) -> list[Sampled]:
+        """The digest's token, or the script's; where the mask forbids it, the next one that is allowed."""
         if len(draws) != len(self._logits):
             raise InternalError(f"{len(draws)} draws for {len(self._logits)} logits rows")
         sampled = []
-        for draw, digest in zip(draws, self._logits, strict=True):
+        for row, (draw, digest) in enumerate(zip(draws, self._logits, strict=True)):
             if self._script is not None:
                 token_id = self._script(draw.token_ids, draw.sample_index)
             else:
                 seed = draw.params.seed + draw.sample_index if draw.params.temperature else 0
                 token_id = (digest + seed) % self.info.vocab_size
+            if masks is not None:
+                allowed = np.unpackbits(masks[row], count=self.info.vocab_size, bitorder="little").nonzero()[0]
+                if not len(allowed):
+                    raise RuntimeError(f"draw {row}: no token can be chosen: all are masked")
+                token_id = int(allowed[np.searchsorted(allowed, token_id) % len(allowed)])
             num_tops = draw.params.logprobs or 0
             tops = [((token_id + i) % self.info.vocab_size, -0.5 - i) for i in range(num_tops)]
             sampled.append(Sampled(token_id, -0.5, tops))

@@ -108,7 +108,7 @@ class LocalEngine:
         )
         return StepInfo(is_done, time.perf_counter() - start, phase_ns)
 
-    def sample(self, draws: Sequence[Draw]) -> list[Sampled]:
+    def sample(self, draws: Sequence[Draw], masks: NDArray[np.uint8] | None = None) -> list[Sampled]:
         """One token per draw, in C++: 16 rows of 49k logits in NumPy would take longer than the step."""
         history, history_start = _join([d.token_ids if _needs_history(d) else [] for d in draws])
         bias_ids, bias_start = _join([list(d.params.logit_bias) for d in draws])
@@ -132,6 +132,7 @@ class LocalEngine:
             bias_ids=bias_ids,
             bias_values=bias_values,
             bias_start=bias_start,
+            mask=masks,
         )
         sampled = [Sampled(i, p) for i, p in zip(ids.tolist(), logprobs.tolist(), strict=True)]
         for row, token in enumerate(sampled):

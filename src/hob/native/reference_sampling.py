@@ -1,6 +1,6 @@
 """The sampler of the compute core in plain NumPy: `csrc/sample.cpp` must draw the same tokens.
 
-    logits + bias -> penalties -> (temperature 0: the largest) -> top-k -> min-p -> top-p -> draw by inverse CDF
+    logits + bias -> penalties -> mask -> (temperature 0: the largest) -> top-k -> min-p -> top-p -> draw by inverse CDF
 
 The random number of a draw depends on (seed, sample index, position) alone, so a step may be computed again, a
 sequence preempted, or a token guessed ahead, and the same tokens come out.
@@ -66,10 +66,13 @@ def sample(
     position: int,
     token_ids: list[int],
     num_generated: int,
+    mask: NDArray[np.uint8] | None = None,
 ) -> int:
-    """The token drawn from a row of raw logits (V,)."""
+    """The token drawn from a row of raw logits (V,). mask: bit id % 8 of byte id // 8 allows a token."""
     changed = logits.copy()
     adjust(changed, params, token_ids, num_generated)
+    if mask is not None:
+        changed[np.unpackbits(mask, count=len(logits), bitorder="little") == 0] = -np.inf
     if params.temperature == 0:
         return int(changed.argmax())
     weights = np.exp(((changed - changed.max()) / np.float32(params.temperature)).astype(np.float64))

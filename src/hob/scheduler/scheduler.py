@@ -14,6 +14,7 @@ a limit on its time per token bounds its steps in the same way.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -104,6 +105,10 @@ class ChunkResult:
     states: NDArray[np.float32] | None = None
     """(n, layers, hidden_size) wanted hidden states, of rows from `first_state` on."""
     first_state: int = 0
+    is_complete: bool = False
+    """The token ends what its grammar allows."""
+    error: OutputError | None = None
+    """The sequence cannot go on; the token does not count."""
 
 
 class Scheduler:
@@ -147,11 +152,13 @@ class Scheduler:
         """Whether `schedule` would find something to do."""
         return bool(self.waiting or self.running)
 
-    def add(self, request: Request, now: float) -> Place | None:
+    def add(self, request: Request, now: float, matchers: Many[object] = ()) -> Place | None:
         """Admit a request at once. Returns its place if it has to wait, None if it starts with the next step.
 
         Raises InvalidRequest, ContextLengthExceeded, or Overloaded (with retry-after): the queue is full, or a
         deadline or limit of the request cannot be met.
+
+        matchers: where each of its samples stands in the grammar, if there is one.
         """
         check_request(
             request,
@@ -163,6 +170,8 @@ class Scheduler:
             retry_after_s=self.forecast.retry_after_s,
         )
         sequences = sequences_of(request, now)
+        for sequence, matcher in zip(sequences, matchers, strict=False):
+            sequence.matcher = matcher
         self.order.at(now, self.running + self.waiting + sequences)
         self.order.fairness.enter(request.app)
         try:
@@ -345,6 +354,10 @@ class Scheduler:
         sequence.scores += result.scores
         sequence.score_tops += result.score_tops
         request = sequence.request
+        if result.error is not None:
+            failed = self._finish(sequence, FinishReason.ERROR, now)
+            failed.error = result.error
+            return failed
         if result.states is not None:
             sequence.pooled = sequence.pooled or Pooled(request.pools, sequence.num_tokens)
             sequence.pooled.add(result.first_state, result.states)
@@ -362,11 +375,12 @@ class Scheduler:
         sequence.token_ids.append(result.token_id)
         self._app(request.app).num_output_tokens += 1
         is_full = sequence.num_generated >= sampling.max_tokens or sequence.num_tokens >= self.context_length
-        output = (
-            self._finish(sequence, FinishReason.LENGTH, now)
-            if is_full
-            else SequenceOutput(request.request_id, sequence.index)
-        )
+        if result.is_complete:
+            output = self._finish(sequence, FinishReason.STOP, now)
+        elif is_full:
+            output = self._finish(sequence, FinishReason.LENGTH, now)
+        else:
+            output = SequenceOutput(request.request_id, sequence.index)
         output.token_ids = [result.token_id]
         if is_first and output.usage is None:
             output.usage = replace(sequence.usage, prefill_s=now - (sequence.first_step_s or now))

@@ -14,10 +14,11 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 import msgspec
 
-from hob.errors import EngineUnavailable, HobError, error_from_name
+from hob.errors import EngineUnavailable, HobError, InternalError, error_from_name
 from hob.messages import (
     Cancel,
     DropContext,
@@ -30,6 +31,7 @@ from hob.messages import (
     Stats,
     Submit,
     ToEngine,
+    Vocabulary,
 )
 from hob.request import Request
 from hob.service.connection import EngineConnection
@@ -49,6 +51,10 @@ class EngineHandle:
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
+        self.vocabulary: Callable[[], Vocabulary] | None = None
+        """What grammars are about, made when the first one comes."""
+        self._knows_vocabulary = False
+        """Whether the present process was told."""
         self.num_restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: EngineConnection | None = None
@@ -130,8 +136,21 @@ class EngineHandle:
 
     async def _begin(self, outputs: Outputs) -> None:
         await self._wait_ready()
+        if outputs.request.grammar is not None and not self._knows_vocabulary:
+            await self._tell_vocabulary()
         self._outputs[outputs.request.request_id] = outputs
         self._send(Submit(outputs.request))
+
+    async def _tell_vocabulary(self) -> None:
+        if self.vocabulary is None:
+            raise InternalError("this daemon has no vocabulary to check a grammar against")
+        connection, vocabulary = self._connection, await asyncio.to_thread(self.vocabulary)
+        await self._wait_ready()
+        if connection is self._connection and not self._knows_vocabulary:
+            self._knows_vocabulary = True
+            self._send(vocabulary)
+        elif not self._knows_vocabulary:
+            await self._tell_vocabulary()  # the process died meanwhile: its successor knows nothing
 
     def _end(self, outputs: Outputs, is_complete: bool) -> None:
         was_sent = self._outputs.pop(outputs.request.request_id, None) is not None
@@ -197,6 +216,7 @@ class EngineHandle:
         connection = EngineConnection(self._deliver)
         await asyncio.get_running_loop().create_unix_connection(lambda: connection, sock=ours)
         self._connection = connection
+        self._knows_vocabulary = False
         return connection
 
     def _deliver(self, message: FromEngine) -> None:

@@ -33,10 +33,12 @@ from hob.messages import (
     Shutdown,
     Stats,
     Submit,
+    Vocabulary,
     encode_frame,
 )
 from hob.request import FinishReason, OutputError, SequenceOutput
 from hob.scheduler.scheduler import Scheduler
+from hob.service.compiling import Compiled, Compiling
 from hob.service.disk import DiskSpec, open_disk
 from hob.service.inbox import Inbox
 from hob.service.step import run_step
@@ -80,6 +82,7 @@ class Loop:
         self._scheduler = scheduler
         self._clock = clock
         self._swap = swap
+        self._compiling = Compiling()
         self._stats_due = 0.0
 
     def run(self) -> None:
@@ -91,7 +94,10 @@ class Loop:
                 if isinstance(message, Shutdown):
                     return
                 outputs += self._handle(message)
-            computed = run_step(self._engine, self._scheduler, self._clock, self._swap, self._inbox.watch)
+            for compiled in self._compiling.ready():
+                outputs += self._admit(compiled)
+            masks, watch = self._compiling.masks, self._inbox.watch
+            computed = run_step(self._engine, self._scheduler, self._clock, self._swap, watch, masks)
             is_stalled = computed is None
             self._report(outputs + (computed or []))
 
@@ -100,22 +106,34 @@ class Loop:
         if self._swap is not None and self._swap.has_copies:
             return 0
         if not self._scheduler.has_work:
-            return None
+            return STALLED_S if self._compiling.is_busy else None
         return STALLED_S if is_stalled else 0
 
-    def _handle(self, message: Submit | Cancel | ForkContext | DropContext) -> list[SequenceOutput]:
+    def _handle(self, message: Submit | Cancel | Vocabulary | ForkContext | DropContext) -> list[SequenceOutput]:
         if isinstance(message, Cancel):
+            self._compiling.cancel(message.request_id)
             self._scheduler.cancel(message.request_id, self._clock())
             return []
         if isinstance(message, ForkContext | DropContext):
             self._change_disk(message)
             return []
+        if isinstance(message, Vocabulary):
+            self._compiling.learn(message)
+            return []
+        if message.request.grammar is not None:
+            self._compiling.begin(message.request)
+            return []
+        return self._admit(Compiled(message.request, []))
+
+    def _admit(self, compiled: Compiled) -> list[SequenceOutput]:
         try:
-            place = self._scheduler.add(message.request, self._clock())
+            if compiled.error is not None:
+                raise compiled.error
+            place = self._scheduler.add(compiled.request, self._clock(), compiled.matchers)
         except HobError as error:
-            refusal = OutputError(type(error).__name__, error.message, error.retry_after_s)
-            return [SequenceOutput(message.request.request_id, finish_reason=FinishReason.ERROR, error=refusal)]
-        return [] if place is None else [SequenceOutput(message.request.request_id, place=place)]
+            refusal = OutputError(type(error).__name__, error.message, error.retry_after_s, error.param)
+            return [SequenceOutput(compiled.request.request_id, finish_reason=FinishReason.ERROR, error=refusal)]
+        return [] if place is None else [SequenceOutput(compiled.request.request_id, place=place)]
 
     def _change_disk(self, message: ForkContext | DropContext) -> None:
         """In the disk tier's own thread, after the turns that ended before."""

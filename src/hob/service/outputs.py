@@ -111,7 +111,8 @@ class Outputs:
 
 def _error_of(output: SequenceOutput) -> HobError | None:
     if output.error is not None:
-        return error_from_name(output.error.name, output.error.message, output.error.retry_after_s)
+        error = output.error
+        return error_from_name(error.name, error.message, error.retry_after_s, error.param)
     if output.finish_reason is FinishReason.CANCELLED:
         return EngineUnavailable("the request was cancelled by the service", retry_after_s=1.0)
     return None

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hob.engine.base import Engine
-from hob.engine.batching import build_batch, collect, draws_of
-from hob.errors import HobError, InternalError
+from hob.engine.batching import build_batch, collect, draws_of, wants_token
+from hob.engine.grammar import Masks, Matcher
+from hob.errors import HobError, InternalError, InvalidRequest
 from hob.kvcache.swap import Swap
-from hob.request import OutputError, SequenceOutput
+from hob.request import OutputError, Sequence, SequenceOutput
 from hob.scheduler.abandon import StepUnderWay
 from hob.scheduler.scheduler import ChunkResult, Plan, Scheduler
 
@@ -19,6 +20,7 @@ def run_step(
     clock: Callable[[], float],
     swap: Swap | None = None,
     watch: Callable[[StepUnderWay | None], None] = lambda step: None,
+    masks: Masks | None = None,
 ) -> list[SequenceOutput] | None:
     """Schedule and compute one step. Returns what the clients are to be told; None if there was nothing to compute.
 
@@ -36,7 +38,7 @@ def run_step(
         return None
     try:
         watch(scheduler.under_way(plan, clock()))
-        results = compute(engine, plan)
+        results = compute(engine, plan, masks)
     except (HobError, RuntimeError, ValueError, MemoryError) as error:
         name = type(error).__name__ if isinstance(error, HobError) else InternalError.__name__
         return scheduler.fail(plan, OutputError(name, f"the step failed: {error}"), clock())
@@ -56,15 +58,34 @@ def pump(engine: Engine, scheduler: Scheduler, swap: Swap) -> None:
         scheduler.placement.loaded(load)
 
 
-def compute(engine: Engine, plan: Plan) -> list[ChunkResult] | None:
-    """Run a plan's rows. None: the step was abandoned and nothing it wrote counts."""
+def compute(engine: Engine, plan: Plan, masks: Masks | None = None) -> list[ChunkResult] | None:
+    """Run a plan's rows. None: the step was abandoned and nothing it wrote counts.
+
+    masks: of the sequences that have a grammar, made while the rows are computed.
+    """
     for copy in plan.copies:
         engine.copy_block(copy.source, copy.destination, copy.num_tokens)
     batch = build_batch(plan.chunks, engine.info.num_layers)
+    drawn = [(i, _matcher_of(chunk.sequence)) for i, chunk in enumerate(plan.chunks) if wants_token(chunk)]
+    matchers = [matcher for _, matcher in drawn]
+    filling = masks.begin(matchers) if masks is not None and any(matchers) else None
     if not engine.forward(batch).is_done:
         return None
     draws = draws_of(plan.chunks)
-    sampled = engine.sample(draws) if draws else []
+    sampled = engine.sample(draws, filling.result() if filling is not None else None) if draws else []
     results = [ChunkResult() for _ in plan.chunks]
     collect(engine, plan.chunks, batch, sampled, results)
+    if masks is not None and filling is not None:
+        ends = masks.accept(matchers, [token.token_id for token in sampled])
+        for (i, _), ended in zip(drawn, ends, strict=True):
+            if ended is not None and ended.error is not None:
+                results[i].error = OutputError(InvalidRequest.__name__, ended.error.message, param=ended.error.param)
+            elif ended is not None:
+                results[i].is_complete = True
     return results
+
+
+def _matcher_of(sequence: Sequence) -> Matcher | None:
+    matcher = sequence.matcher
+    assert matcher is None or isinstance(matcher, Matcher)
+    return matcher

@@ -1,0 +1,197 @@
+"""Output that must match a grammar: which tokens each constrained sequence may take next, computed beside the step.
+
+    Grammars.compile(grammar) --Future--> Matcher        once, in a thread, as the request arrives
+    Masks.begin --thread--> bits for `Engine.sample`     while the step's forward pass runs without the GIL
+    Masks.accept(tokens)                                 each matcher moves on; Ended says who is complete or broken
+
+The matchers are `llguidance`'s. It gets the bytes of each token and decides on bytes; no text is made here. Tokens are
+never forced upon the model (`no_forcing`): any split of the allowed bytes may be drawn, so nothing needs a tokenizer.
+
+Fails closed: a matcher that cannot say which tokens are allowed ends its sequence with an error. A grammar is somebody
+else's program: the limits bound what a row of it may cost, and both threads have stacks deep enough for the longest
+chain of rules that MAX_GRAMMAR_BYTES can hold, which on an ordinary stack ends the process.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Sequence as Many
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hob.errors import InvalidRequest
+from hob.request import MAX_GRAMMAR_BYTES, Grammar
+
+if TYPE_CHECKING:
+    import llguidance
+
+STACK_BYTES = 256 << 20
+"""Of the two threads; only what is used becomes resident. A rule takes 4 KB of it, and 8 bytes of a grammar."""
+LIMITS: dict[str, Any] = {
+    "max_items_in_row": 500,
+    "step_max_items": 10_000,
+    "step_lexer_fuel": 100_000,
+    "initial_lexer_fuel": 500_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
+"""What one grammar may cost: some milliseconds a token at worst, where ordinary schemas take some microseconds."""
+MAX_SHOWN_CHARS = 200
+_SHOWN_SOURCE = re.compile(r"\s*\d+ \||\s*\^|<non-verbose/>")
+"""Lines in which llguidance shows the grammar; ours differs from what the caller wrote."""
+_OPTIONS = '\n%llguidance {"no_forcing": true}\n'
+
+
+class Matcher:
+    """One sequence's place in its grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, param: str) -> None:
+        self._matcher = matcher
+        self._param = param
+
+    def fork(self) -> Matcher:
+        """Another sequence at the same place."""
+        return Matcher(self._matcher.deep_copy(), self._param)
+
+    def fill(self, row: NDArray[np.uint8]) -> InvalidRequest | None:
+        """Set the bits of the tokens that may come next, or say why that is not known."""
+        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        return self.error if self._matcher.is_error() or row.any() else self._refusal("it allows no token here")
+
+    def accept(self, token_id: int) -> bool:
+        """Take in a token that was drawn. Whether the output is complete: nothing may follow."""
+        self._matcher.consume_token(token_id)
+        return bool(self._matcher.is_stopped())
+
+    @property
+    def error(self) -> InvalidRequest | None:
+        """Why the grammar cannot be enforced any further."""
+        return self._refusal(self._matcher.get_error()) if self._matcher.is_error() else None
+
+    def _refusal(self, reason: str) -> InvalidRequest:
+        lines = [line.strip() for line in reason.splitlines() if not _SHOWN_SOURCE.match(line)]
+        shown = " ".join(filter(None, lines))[:MAX_SHOWN_CHARS]
+        return InvalidRequest(f"field '{self._param}' cannot be enforced: {shown}", param=self._param)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What became of a constrained sequence in a step, if it is not to go on."""
+
+    error: InvalidRequest | None
+    """None: its output is complete."""
+
+
+class Grammars:
+    """Compiles grammars over one vocabulary. Importing the library and building the trie of tokens (16 MB for 49k of
+    them, 0.2 s) wait for the first grammar."""
+
+    def __init__(self, tokens: Many[bytes], stop_token_ids: Many[int]) -> None:
+        self._tokens: Many[bytes] = tokens
+        self._stop_token_ids = list(stop_token_ids)
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._compiler = _thread("grammar")
+
+    def compile(self, grammar: Grammar) -> Future[Matcher]:
+        """A matcher at the grammar's start, or InvalidRequest: only one that can say what its first token may be."""
+        return self._compiler.submit(self._compile, grammar)
+
+    def _compile(self, grammar: Grammar) -> Matcher:
+        import llguidance
+
+        if len(grammar.lark.encode()) > MAX_GRAMMAR_BYTES:
+            raise InvalidRequest(f"a grammar has more than {MAX_GRAMMAR_BYTES:,} bytes", param=grammar.param)
+        if self._tokenizer is None:
+            self._tokenizer = self._build()
+        limits = llguidance.LLParserLimits(**LIMITS)
+        made = llguidance.LLMatcher(self._tokenizer, grammar.lark + _OPTIONS, log_level=0, limits=limits)
+        matcher = Matcher(made, grammar.param)
+        first = np.zeros(mask_bytes(len(self._tokens)), np.uint8)
+        if (error := matcher.error or matcher.fill(first)) is not None:
+            raise error
+        if warnings := made.get_grammar_warnings():
+            raise matcher._refusal("; ".join(warnings))
+        return matcher
+
+    def _build(self) -> llguidance.LLTokenizer:
+        import llguidance
+
+        ends = self._stop_token_ids or [len(self._tokens)]
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Tokens(self._tokens, ends[0])), eos_token=ends)
+
+
+class _Tokens:
+    """The vocabulary as llguidance asks for it, and one id past it, which ends a text where no token of the model does.
+
+    Nothing ever draws that one.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokens: Many[bytes], end_id: int) -> None:
+        self.eos_token_id = end_id
+        self.tokens = [raw or b"\xff<|%d|>" % i for i, raw in enumerate([*tokens, b""])]
+        self.special_token_ids = [i for i, raw in enumerate(self.tokens) if raw.startswith(b"\xff<|")]
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Would be asked for the tokens of forced text; it is not, see `_OPTIONS`."""
+        raise AssertionError("a grammar wanted to force tokens")
+
+
+class Masks:
+    """The masks of one step after the other, made in a thread of their own."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._num_bytes = mask_bytes(vocab_size)
+        self._thread = _thread("mask")
+        self._errors: list[InvalidRequest | None] = []
+
+    def begin(self, matchers: Many[Matcher | None]) -> Future[NDArray[np.uint8]]:
+        """One row for each draw of the step; a row without a matcher allows everything."""
+        return self._thread.submit(self._fill, matchers)
+
+    def accept(self, matchers: Many[Matcher | None], token_ids: Many[int]) -> list[Ended | None]:
+        """Move on by the step's tokens. None: the sequence goes on."""
+        return self._thread.submit(self._accept, matchers, token_ids).result()
+
+    def _fill(self, matchers: Many[Matcher | None]) -> NDArray[np.uint8]:
+        rows = np.full((len(matchers), self._num_bytes), 0xFF, np.uint8)
+        self._errors = [None] * len(matchers)
+        for i, matcher in enumerate(matchers):
+            if matcher is None:
+                continue
+            rows[i] = 0
+            self._errors[i] = matcher.fill(rows[i])
+            if self._errors[i] is not None:
+                rows[i] = 0xFF  # something must be drawn for it; `accept` says that it does not count
+        return rows
+
+    def _accept(self, matchers: Many[Matcher | None], token_ids: Many[int]) -> list[Ended | None]:
+        found: list[Ended | None] = []
+        for matcher, error, token_id in zip(matchers, self._errors, token_ids, strict=True):
+            is_complete = matcher is not None and error is None and matcher.accept(token_id)
+            error = error or (matcher.error if is_complete and matcher is not None else None)
+            found.append(Ended(error) if error is not None or is_complete else None)
+        return found
+
+
+def mask_bytes(vocab_size: int) -> int:
+    """Bytes of a row as llguidance fills it: whole 32-bit words, for the vocabulary and one id past it."""
+    return (vocab_size + 1 + 31) // 32 * 4
+
+
+def _thread(name: str) -> ThreadPoolExecutor:
+    """One thread with a deep stack."""
+    executor = ThreadPoolExecutor(1, f"hob-{name}")
+    before = threading.stack_size(STACK_BYTES)
+    try:
+        executor.submit(int).result()
+    finally:
+        threading.stack_size(before)
+    return executor

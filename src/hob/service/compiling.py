@@ -1,0 +1,76 @@
+"""Requests whose grammar is being compiled: they enter the scheduler when it is, and not before.
+
+A grammar takes a thread 1 ms, a large one 100; the steps of everyone else go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import Future, TimeoutError
+from dataclasses import dataclass
+
+from hob.engine.grammar import Grammars, Masks, Matcher
+from hob.errors import HobError, InternalError
+from hob.messages import Vocabulary
+from hob.request import Request
+
+PATIENCE_S = 0.002
+"""Waited for a grammar at once: most are compiled by then, and their request loses nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A request that may enter, with a matcher for each of its samples, or why it may not."""
+
+    request: Request
+    matchers: list[Matcher]
+    error: HobError | None = None
+
+
+class Compiling:
+    """The requests that wait for their grammar, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.masks: Masks | None = None
+        """None: no grammar has come yet."""
+        self._grammars: Grammars | None = None
+        self._pending: dict[str, tuple[Request, Future[Matcher]]] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request waits."""
+        return bool(self._pending)
+
+    def learn(self, vocabulary: Vocabulary) -> None:
+        """The tokens that grammars are about."""
+        self._grammars = Grammars(vocabulary.tokens, vocabulary.stop_token_ids)
+        self.masks = Masks(len(vocabulary.tokens))
+
+    def begin(self, request: Request) -> None:
+        """Compile the request's grammar; `ready` gives it back."""
+        if self._grammars is None or request.grammar is None:
+            raise InternalError("a grammar came before the vocabulary")
+        made = self._grammars.compile(request.grammar)
+        self._pending[request.request_id] = request, made
+        with contextlib.suppress(HobError, TimeoutError):
+            made.result(PATIENCE_S)
+
+    def cancel(self, request_id: str) -> None:
+        """The client left. What is being compiled is compiled to its end."""
+        if found := self._pending.pop(request_id, None):
+            found[1].cancel()
+
+    def ready(self) -> list[Compiled]:
+        """Those that wait no longer."""
+        done = [request_id for request_id, (_, made) in self._pending.items() if made.done()]
+        return [_compiled(*self._pending.pop(request_id)) for request_id in done]
+
+
+def _compiled(request: Request, made: Future[Matcher]) -> Compiled:
+    try:
+        matcher = made.result()
+    except HobError as error:
+        return Compiled(request, [], error)
+    except Exception as error:
+        return Compiled(request, [], InternalError(f"the grammar could not be compiled: {error!r:.200}"))
+    return Compiled(request, [matcher, *(matcher.fork() for _ in range(request.num_samples - 1))])

@@ -1,0 +1,203 @@
+"""Matchers over a vocabulary of bytes: what they allow, when they are done, and what a hostile grammar can do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from hob.api.grammars import grammar_of, of_schema
+from hob.api.schema import CompletionRequest
+from hob.engine.grammar import LIMITS, Grammars, Masks, Matcher, mask_bytes
+from hob.errors import InvalidRequest
+from hob.request import MAX_GRAMMAR_BYTES, Grammar
+
+WORDS = [b"true", b'"name": ', b"\xe2\x82", b"\xac"]
+TOKENS = [bytes([i]) for i in range(256)] + WORDS + [b""]
+STOP = len(TOKENS) - 1
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Grammars:
+    return Grammars(TOKENS, [STOP])
+
+
+def grammar(**fields: object) -> Grammar:
+    found = grammar_of(CompletionRequest(model="", prompt="", **fields))  # type: ignore[arg-type]
+    assert found is not None
+    return found
+
+
+def matcher(grammars: Grammars, made: Grammar) -> Matcher:
+    return grammars.compile(made).result()
+
+
+def allowed(one: Matcher) -> set[bytes]:
+    row = np.zeros(mask_bytes(len(TOKENS)), np.uint8)
+    assert one.fill(row) is None
+    ids = np.unpackbits(row, count=len(TOKENS), bitorder="little").nonzero()[0]
+    return {TOKENS[i] or b"<stop>" for i in ids}
+
+
+def feed(one: Matcher, text: str) -> bool:
+    """Byte by byte; whether it is complete at the end and not before."""
+    raw = text.encode()
+    ends = [one.accept(byte) for byte in raw]
+    assert not any(ends[:-1])
+    return ends[-1]
+
+
+def test_only_what_fits_may_follow(grammars: Grammars) -> None:
+    one = matcher(grammars, of_schema({"type": "object", "properties": {"name": {"type": "boolean"}}}, "s"))
+    assert allowed(one) == {b"{"}
+    assert not one.accept(ord("{"))
+    assert {b'"', b'"name": ', b"}"} == allowed(one)
+    assert not one.accept(257)
+    assert {b"t", b"f", b"true"} == allowed(one)
+
+
+def test_any_split_of_the_bytes_may_be_drawn(grammars: Grammars) -> None:
+    one = matcher(grammars, grammar(choice=["€"]))
+    assert allowed(one) == {b"\xe2", b"\xe2\x82"}
+    assert not one.accept(258)
+    assert one.accept(259)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"choice": ['a "quoted" / one', "b"]}, 'a "quoted" / one'),
+        ({"regex": r"\d\d/\w\n[^\d]"}, "12/a\nx"),
+        ({"regex": "^a\nb\\/c$"}, "a\nb/c"),
+        ({"grammar": 'start: "(" start ")" | "x"'}, "((x))"),
+        ({"response_format": {"type": "json_object"}}, '{"a": [1, {"b": null}]}'),
+    ],
+)
+def test_each_way_to_ask(grammars: Grammars, fields: dict[str, object], text: str) -> None:
+    one = matcher(grammars, grammar(**fields))
+    twin = one.fork()
+    assert feed(one, text)
+    assert feed(twin, text)
+
+
+def test_stops_where_it_may(grammars: Grammars) -> None:
+    one = matcher(grammars, grammar(regex="[0-9]+"))
+    assert b"<stop>" not in allowed(one)
+    assert not one.accept(ord("7"))
+    assert b"<stop>" in allowed(one)
+    assert one.accept(STOP)
+
+
+def test_digits_of_a_regex_are_ascii(grammars: Grammars) -> None:
+    assert allowed(matcher(grammars, grammar(regex=r"\d[\w.]"))) == {bytes([c]) for c in b"0123456789"}
+
+
+@pytest.mark.parametrize(
+    "lark",
+    [
+        "start: /(?=a)b/",
+        'start: "a',
+        'begin: "a"',
+        'start: %json {"not": {}}',
+        'start: %json {"type": "string", "format": "no-such-format"}',
+        'start: %json {"$ref": "https://example.com/schema.json"}',
+        'start: %json {"$ref": "#"}',
+        "start: /[a&&b]/",
+    ],
+)
+def test_what_cannot_be_enforced_is_refused(grammars: Grammars, lark: str) -> None:
+    with pytest.raises(InvalidRequest, match="field 'grammar' cannot be enforced") as caught:
+        matcher(grammars, Grammar(lark, "grammar"))
+    assert caught.value.param == "grammar"
+
+
+def test_options_that_would_loosen_it_do_not(grammars: Grammars) -> None:
+    with pytest.raises(InvalidRequest, match="x-guidance"):
+        of_schema({"not": {}, "x-guidance": {"lenient": True}}, "s")
+    one = matcher(grammars, Grammar('%llguidance {"no_forcing": false}\nstart: "true"', "grammar"))
+    assert allowed(one) == {b"t", b"true"}
+
+
+DEEP = 60_000
+CHAIN = 7_000
+HOSTILE = {
+    "parentheses": "start: " + "(" * DEEP + '"a"' + ")" * DEEP,
+    "brackets": "start: " + "[" * DEEP + '"a"' + "]" * DEEP,
+    "regex": "start: /" + "(" * DEEP + "a" + ")" * DEEP + "/",
+    "schema": "start: %json " + '{"items":' * DEEP + "{}" + "}" * DEEP,
+    "rules": "start: r0\n" + "".join(f"r{i}:r{i + 1}\n" for i in range(DEEP)) + f'r{DEEP}:"a"',
+    "references": 'start: %json {"$defs":{'
+    + "".join(f'"{i}":{{"$ref":"#/$defs/{i + 1}"}},' for i in range(DEEP))
+    + f'"{DEEP}":{{"type":"null"}}}},"$ref":"#/$defs/0"}}',
+}
+
+
+@pytest.mark.parametrize("lark", HOSTILE.values(), ids=HOSTILE)
+def test_sixty_thousand_levels_are_an_error(grammars: Grammars, lark: str) -> None:
+    with pytest.raises(InvalidRequest, match="bytes"):
+        matcher(grammars, Grammar(lark, "grammar"))
+
+
+LONGEST = {
+    "parentheses": "start: " + "(" * 30_000 + '"a"' + ")" * 30_000,
+    "regex": "start: /" + "(" * 30_000 + "a" + ")" * 30_000 + "/",
+    "schema": "start: %json " + '{"items":' * 6_000 + "{}" + "}" * 6_000,
+    "rules": "start:a0\n" + "".join(f"a{i:x}:a{i + 1:x}\n" for i in range(5_500)) + f'a{5_500:x}:"a"',
+    "terminals": "start:A0\n" + "".join(f"A{i}:A{i + 1}\n" for i in range(4_800)) + 'A4800:"a"',
+    "references": 'start: %json {"$defs":{'
+    + "".join(f'"{i}":{{"$ref":"#/$defs/{i + 1}"}},' for i in range(2_100))
+    + '"2100":{"type":"null"}},"$ref":"#/$defs/0"}',
+    "optional": "start: /" + "(a?){500}" * 7_000 + "/",
+    "repeated": "start: " + '("a"{0,9999}){0,9999} ' * 2_000,
+}
+
+
+@pytest.mark.parametrize("lark", LONGEST.values(), ids=LONGEST)
+def test_the_longest_that_may_be_asked_leaves_the_process_whole(grammars: Grammars, lark: str) -> None:
+    assert len(lark) < MAX_GRAMMAR_BYTES
+    made = grammars.compile(Grammar(lark, "grammar"))
+    error = made.exception(60)
+    assert error is None or isinstance(error, InvalidRequest)
+    if error is None:
+        masks = Masks(len(TOKENS))
+        masks.begin([made.result()]).result(60)
+        masks.accept([made.result()], [ord("a")])
+
+
+def test_such_a_chain_ends_a_process_with_an_ordinary_stack() -> None:
+    """The control of the test above: without the deep stack it would have failed."""
+    script = (
+        "import llguidance as g, sys\n"
+        "t = g.LLTokenizer('byte')\n"
+        "m = g.LLMatcher(t, sys.stdin.read(), log_level=0)\n"
+        "print('survived', m.is_error())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], input=LONGEST["rules"], capture_output=True, text=True)
+    assert done.returncode < 0, done.stdout
+
+
+def test_a_grammar_that_grows_too_costly_ends_its_own_sequence(grammars: Grammars) -> None:
+    costly = matcher(grammars, Grammar('start: s\ns: s s s | s s | "a"', "grammar"))
+    modest = matcher(grammars, grammar(regex="a+"))
+    masks = Masks(len(TOKENS))
+    for _ in range(2 * LIMITS["max_items_in_row"]):
+        rows = masks.begin([costly, None, modest]).result()
+        assert rows.any(axis=1).all()
+        assert (rows[1] == 0xFF).all()
+        ended = masks.accept([costly, None, modest], [ord("a")] * 3)
+        assert ended[1] is None
+        assert ended[2] is None
+        if ended[0] is not None:
+            assert ended[0].error is not None
+            assert "cannot be enforced" in ended[0].error.message
+            return
+    pytest.fail("it never ended")
+
+
+def test_the_library_waits_for_the_first_grammar() -> None:
+    script = "import sys, hob.service.loop; print('llguidance' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ))
+    assert done.stdout.strip() == "False", done.stderr
