@@ -13,6 +13,9 @@ import openai
 import pytest
 
 from tests.daemons import Daemon, running, until
+from tests.needs import needs
+
+needs("llguidance")
 
 PROMPT = "A hob"
 SCHEMA = {

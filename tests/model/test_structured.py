@@ -8,7 +8,11 @@ import pytest
 
 from hob.client import Client
 from tests.daemons import running
-from tests.model.structured import SCHEMAS, TIMEOUT_S, fault_of, generate_all
+from tests.needs import needs
+
+needs("llguidance")
+needs("jsonschema")
+from tests.model.structured import SCHEMAS, TIMEOUT_S, fault_of, generate_all  # noqa: E402
 
 pytestmark = [pytest.mark.weights, pytest.mark.slow]
 

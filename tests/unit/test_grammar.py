@@ -8,12 +8,15 @@ import sys
 
 import numpy as np
 import pytest
+from tests.needs import needs
 
 from hob.api.grammars import grammar_of, of_schema
 from hob.api.schema import CompletionRequest
 from hob.engine.grammar import LIMITS, Grammars, Masks, Matcher, mask_bytes
 from hob.errors import InvalidRequest
 from hob.request import MAX_GRAMMAR_BYTES, Grammar
+
+needs("llguidance")
 
 WORDS = [b"true", b'"name": ', b"\xe2\x82", b"\xac"]
 TOKENS = [bytes([i]) for i in range(256)] + WORDS + [b""]
