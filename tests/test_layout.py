@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "systemd": set(),
     "memory": set(),
     "logs": set(),
+    "energy": set(),
     "config": {"errors"},
     "messages": {"request"},
     "native": {"errors"},

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -129,6 +130,24 @@ def _vocabulary(tokenizer: TextCodec, vocab_size: int) -> Vocabulary:
     return Vocabulary(tokens, list(tokenizer.stop_token_ids))
 
 
+def _hashes(config: Config, chosen: Chosen) -> Callable[[str], str | None]:
+    """SHA-256 by model: as the catalogue knows it, else computed aside, which takes a second for two gigabytes."""
+    from hob.models.catalog import Catalog
+    from hob.models.spool import sha256_of
+
+    found: dict[str, str | None] = {}
+    if (gguf := chosen.gguf) is not None:
+        found = {record.name: record.sha256 for record in Catalog(config.models_dir).list()}
+        if found.get(chosen.name) is None:
+
+            def compute() -> None:
+                with contextlib.suppress(OSError):  # the file is gone: so is what its hash would say
+                    found[chosen.name] = sha256_of(gguf, lambda done, total, stage: None)
+
+            threading.Thread(target=compute, name="hob-hash", daemon=True).start()
+    return found.get
+
+
 def _open_contexts(config: Config, policy: Policy) -> ContextStore | None:
     """The apps' persistent contexts. A service that cannot keep any still answers everything else."""
     from hob.kvcache.contexts import ContextStore
@@ -159,6 +178,7 @@ def make_server(
     from hob.api.app_sockets import AppSockets
     from hob.api.protocol import HobProtocol
     from hob.api.services import ServedModel, Services
+    from hob.energy import open_meter
     from hob.service.apps import Apps
     from hob.service.audit import AuditLog
     from hob.service.conditions import Conditions
@@ -218,6 +238,8 @@ def make_server(
         policy=policy,
         conditions=conditions,
         audit=audit,
+        sha256_of=_hashes(config, chosen),
+        meter=open_meter(),
     )
     server = Server(
         uvicorn.Config(

@@ -19,6 +19,7 @@ from tests.api.conftest import Server, wait_for
 from tests.api.scripted import ScriptedBackend
 
 CHAT = "/v1/chat/completions"
+TOOL = {"type": "function", "function": {"name": "f"}}
 GOOD: dict[str, Any] = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}]}
 JSON = {"content-type": "application/json"}
 
@@ -38,8 +39,8 @@ def error_of(reply: httpx.Response) -> dict[str, Any]:
         ({"messages": [{"role": "user"}]}, "messages[0].content", "null"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "5"),
         ({"messages": [{"role": "user", "content": "", "x": 1}]}, "messages[0].x", "unknown"),
-        ({"messages": [{"role": "tool", "content": "", "tool_call_id": "x"}]}, "messages[0].tool_call_id", "support"),
-        ({"messages": [{"role": "tool", "content": ""}]}, "messages[0].role", "tools"),
+        ({"messages": [{"role": "user", "content": "", "tool_call_id": "x"}]}, "messages[0].tool_call_id", "tool"),
+        ({"messages": [{"role": "function", "content": ""}]}, "messages[0].role", "tool"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages[0].content[0].type",
@@ -66,8 +67,13 @@ def error_of(reply: httpx.Response) -> dict[str, Any]:
         ({"logprobs": False, "top_logprobs": 0}, "top_logprobs", "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "0 to 20"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not support"),
-        ({"tool_choice": "auto"}, "tool_choice", "none"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools[0].function.name", "letters"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].function.name", "once"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "f"),
+        ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice", "required"),
+        ({"tools": [TOOL], "regex": "a"}, "regex", "tools"),
+        ({"tool_choice": "required"}, "tool_choice", "no 'tools'"),
+        ({"parallel_tool_calls": True}, "parallel_tool_calls", "no 'tools'"),
         ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
         ({"modalities": ["text", "audio"]}, "modalities", "audio"),
         ({"store": True}, "store", "false"),
@@ -119,7 +125,7 @@ def test_unknown_model(http: httpx.Client) -> None:
         (b'{"model": "scripted", "temperature": NaN}', "byte 37"),
         (b'{"model": "\xff"}', "0xff at position 11"),
         (b'{"model": "\\ud800"}', "not valid JSON"),
-        (b'{"model": "m", "tools": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"model": "m", "response_format": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
         (b"[" * 100_000, "object"),
         (b'{"model": "m", "messages": [], "temperature": 1e999}', "out of range"),
     ],

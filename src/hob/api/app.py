@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from hob import __version__
-from hob.api import apps, contexts, info, page
+from hob.api import apps, contexts, info, ollama, ollama_models, page
 from hob.api.call import Call
 from hob.api.chat import chat_completions
 from hob.api.classify import classify
@@ -36,6 +36,12 @@ POSTS: dict[str, Route] = {
     "/hob/v1/classify": classify,
     "/hob/v1/tokenize": tokenize,
     page.LINK: page.make_link,
+    "/api/chat": ollama.chat,
+    "/api/generate": ollama.generate,
+    "/api/embed": ollama.embed,
+    "/api/embeddings": ollama.embeddings,
+    "/api/show": ollama_models.show_model,
+    "/api/pull": ollama_models.pull,
 }
 GETS: dict[str, Callable[[Call], Awaitable[Response]]] = {
     "/v1/models": info.list_models,
@@ -44,6 +50,9 @@ GETS: dict[str, Callable[[Call], Awaitable[Response]]] = {
     "/hob/v1/events": events,
     "/metrics": metrics,
     "/health": info.health,
+    "/api/tags": ollama_models.tags,
+    "/api/ps": ollama_models.ps,
+    "/api/version": ollama_models.version,
 }
 
 
@@ -68,8 +77,10 @@ def create_app(services: Services) -> FastAPI:
 
 
 def _call(request: Request) -> Call:
-    record = request.state.record
-    return Call(request.app.state.services, record.app, request.headers.get("x-hob-class"), record, request.receive)
+    record, services = request.state.record, request.app.state.services
+    if services.meter is not None:
+        record.joules_before = services.meter.joules()
+    return Call(services, record.app, request.headers.get("x-hob-class"), record, request.receive)
 
 
 def _post(route: Route) -> Callable[[Request], Awaitable[Response]]:
@@ -104,4 +115,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
     else:
         reply = NotFound(f"there is nothing at '{path}'. Known: {', '.join(sorted([*GETS, *POSTS]))}.")
     reply.status = error.status_code
-    return error_reply(reply)
+    return error_reply(reply, path)

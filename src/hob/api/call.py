@@ -38,6 +38,14 @@ class Record:
     """Once it is known."""
     body: str | None = None
     """What was sent, if the owner wants it in the audit log."""
+    has_grammar: bool = False
+    joules_before: float | None = None
+    """Of the processor when the call began, where it is measured."""
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the call began."""
+        return time.perf_counter() - self.started_s
 
     def note_output(self) -> None:
         """Call at the first output; later calls change nothing."""
@@ -56,7 +64,8 @@ class Call:
     receive: Receive
 
     def request(self, token_ids: list[int], kind: Kind, class_field: str | None, **fields: Any) -> Request:
-        """A Request of this app."""
+        """A Request of this app. The call's receipt tells of its class and grammar."""
+        self.record.has_grammar |= fields.get("grammar") is not None
         return Request(
             request_id=secrets.token_hex(12),
             app=self.app,

@@ -23,6 +23,7 @@ from hob.api.body import parse_body
 from hob.api.call import Call
 from hob.api.chat import plain_messages
 from hob.api.params import fit_context
+from hob.api.receipt import receipt
 from hob.api.replies import json_reply
 from hob.api.schema import ClassifyRequest
 from hob.api.together import aside
@@ -61,6 +62,7 @@ async def classify(call: Call, raw: bytes) -> Response:
         "label": best["label"],
         "labels": scored,
         "usage": usage_object(call.record.totals),
+        "hob": receipt(call),
     }
     return json_reply(reply)
 

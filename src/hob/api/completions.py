@@ -31,6 +31,7 @@ from hob.api.params import (
     stop_strings,
     wants_stream_usage,
 )
+from hob.api.receipt import receipt
 from hob.api.replies import json_reply
 from hob.api.schema import CompletionRequest
 from hob.api.services import TextCodec
@@ -69,19 +70,25 @@ async def completions(call: Call, raw: bytes) -> Response:
     check_neutral(body)
     model = call.services.resolve_model(body.model)
     with_usage = wants_stream_usage(body)
-    prompts = await aside(len(raw), lambda: _prompts(call, body))
+    prompts = await aside(len(raw), lambda: prompts_of(call, body))
     stamp = Stamp("cmpl-", model)
     if body.stream:
-        chunks = _Chunks(call, stamp, with_usage=with_usage)
+        chunks = _Chunks(call, prompts, stamp, with_usage=with_usage)
         return EventStream(_events(call, prompts, chunks), _shortcut(prompts, chunks))
     choices = await call.while_connected(all_of([_whole(call, prompt) for prompt in prompts]))
     fields = stamp.fields("text_completion")
     return json_reply(
-        {**fields, "choices": list(chain.from_iterable(choices)), "usage": usage_object(call.record.totals)}
+        {
+            **fields,
+            "choices": list(chain.from_iterable(choices)),
+            "usage": usage_object(call.record.totals),
+            "hob": receipt(call),
+        }
     )
 
 
-def _prompts(call: Call, body: CompletionRequest) -> list[Prompt]:
+def prompts_of(call: Call, body: CompletionRequest) -> list[Prompt]:
+    """What is wanted of each prompt of a body."""
     model, tokenizer = call.services.backend.model, call.services.tokenizer
     samples, stops, echo = num_samples(body), stop_strings(body), bool(body.echo)
     grammar = grammar_of(body)
@@ -97,6 +104,10 @@ def _prompts(call: Call, body: CompletionRequest) -> list[Prompt]:
     for token_ids in token_lists(body.prompt, encode, vocab_size=model.vocab_size, param="prompt"):
         params = sampling_params(body, vocab_size=model.vocab_size, stop_token_ids=list(tokenizer.stop_token_ids))
         params.logprobs = completion_logprobs(body)
+        if body.allow_cut and (num_cut := len(token_ids) + (body.max_tokens or 1) - model.context_length) > 0:
+            num_cut = min(num_cut, len(token_ids) - 1)
+            call.record.totals.num_cut_tokens += num_cut
+            del token_ids[:num_cut]
         params.max_tokens = _max_tokens(body.max_tokens, len(token_ids), model.context_length)
         request = call.request(
             token_ids, Kind.GENERATE, body.service_class, sampling=params, num_samples=samples, grammar=grammar
@@ -221,10 +232,12 @@ async def _whole(call: Call, prompt: Prompt) -> list[dict[str, Any]]:
 
 
 class _Chunks:
-    """The events of one reply."""
+    """The events of one reply. The last one carries the receipt."""
 
-    def __init__(self, call: Call, stamp: Stamp, *, with_usage: bool) -> None:
+    def __init__(self, call: Call, prompts: list[Prompt], stamp: Stamp, *, with_usage: bool) -> None:
         self.with_usage = with_usage
+        self._call = call
+        self._num_left = sum(prompt.request.num_samples for prompt in prompts)
         self._tokenizer, self._totals = call.services.tokenizer, call.record.totals
         self._head = stamp.event_head("text_completion")
         self._tail = b'}],"usage":null}\n\n' if with_usage else b"}]}\n\n"
@@ -232,13 +245,18 @@ class _Chunks:
     def of(self, prompt: Prompt, delta: Delta, logprobs: Logprobs | None) -> bytes:
         """The event of a delta."""
         finish = "length" if prompt.generation is None else FINISH.get(delta.finish_reason)
+        tail = self._tail
+        if finish is not None:
+            self._num_left -= 1
+            if self._num_left == 0 and not self.with_usage:
+                tail = b'}],"hob":' + to_json(receipt(self._call)) + b"}\n\n"
         return b'%b,"choices":[{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b%b' % (
             self._head,
             prompt.first_index + delta.index,
             to_json(delta.text),
             b"null" if logprobs is None else to_json(logprobs),
             b"null" if finish is None else to_json(finish),
-            self._tail,
+            tail,
         )
 
     def of_output(self, prompt: Prompt, generation: Generation, output: SequenceOutput) -> bytes:
@@ -248,7 +266,8 @@ class _Chunks:
 
     def usage(self) -> bytes:
         """The event after all choices."""
-        return self._head + b',"choices":[],"usage":' + to_json(usage_object(self._totals)) + b"}\n\n"
+        usage = {"choices": [], "usage": usage_object(self._totals), "hob": receipt(self._call)}
+        return self._head + b"," + to_json(usage)[1:] + b"\n\n"
 
 
 def _shortcut(prompts: list[Prompt], chunks: _Chunks) -> Shortcut | None:

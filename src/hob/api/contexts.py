@@ -26,6 +26,7 @@ from hob.api.call import Call
 from hob.api.chat import plain_messages
 from hob.api.context_turns import CHAT, TurnRequest, begin, deltas_of, store_of
 from hob.api.params import check_neutral, num_samples, wants_stream_usage
+from hob.api.receipt import receipt
 from hob.api.replies import json_reply
 from hob.api.schema import Body, Message
 from hob.api.stream import EventStream
@@ -155,6 +156,7 @@ async def _whole(call: Call, context_id: str, body: TurnRequest, model: ModelInf
         ],
         "usage": usage_object(call.record.totals),
         "context": _object(turn.record),
+        "hob": receipt(call),
     }
 
 
@@ -178,9 +180,11 @@ async def _events(
                 if delta.text or content:
                     yield event({**content, "content": delta.text}, None, {})
                 if delta.finish_reason is not None:
-                    yield event({}, FINISH[delta.finish_reason], {"context": _object(turn.record)})
+                    last = {} if with_usage else {"hob": receipt(call)}
+                    yield event({}, FINISH[delta.finish_reason], {"context": _object(turn.record), **last})
     if with_usage:
-        yield head + b',"choices":[],"usage":' + to_json(usage_object(call.record.totals)) + b"}\n\n"
+        usage = {"choices": [], "usage": usage_object(call.record.totals), "hob": receipt(call)}
+        yield head + b"," + to_json(usage)[1:] + b"\n\n"
 
 
 # ---- shapes ----

@@ -69,7 +69,8 @@ class Edge:
             if status:
                 raise  # the reply has begun: only closing the connection can say that it is not whole
             refusal = error if isinstance(error, HobError) else unexpected(error)
-            reply = locked() if isinstance(error, NoSession) and scope["path"] == "/" else error_reply(refusal)
+            is_page = isinstance(error, NoSession) and scope["path"] == "/"
+            reply = locked() if is_page else error_reply(refusal, scope["path"])
             await reply(scope, receive, watched_send)
         finally:
             self._services.policy.leave(record.app, record.totals, time.monotonic())

@@ -48,10 +48,30 @@ class Totals:
     num_cached_tokens: int | None = None
     """None: not known, because no output came."""
     num_output_tokens: int = 0
+    num_cut_tokens: int = 0
+    """Of the prompt as it was sent, dropped because the caller allowed it."""
+    queued_s: float = 0.0
+    """Times are the longest over all sequences."""
+    prefill_s: float = 0.0
+    decode_s: float | None = None
+    """None: no sequence ran to its end."""
+    compute_s: float = 0.0
+    """Engine time over all sequences."""
 
     def note(self, usage: Usage) -> None:
         """Count what a request's first sequence found in the prefix cache; its siblings share what it computed."""
         self.num_cached_tokens = (self.num_cached_tokens or 0) + usage.num_cached_tokens
+        self._times(usage)
+
+    def close(self, usage: Usage) -> None:
+        """A sequence has ended."""
+        self._times(usage)
+        self.decode_s = max(self.decode_s or 0.0, usage.decode_s)
+        self.compute_s += usage.compute_s
+
+    def _times(self, usage: Usage) -> None:
+        self.queued_s = max(self.queued_s, usage.queued_s)
+        self.prefill_s = max(self.prefill_s, usage.prefill_s)
 
 
 class ChoiceText:
@@ -149,6 +169,8 @@ class Generation:
         if output.usage is not None and output.index == 0 and not self._is_noted:
             self._is_noted = True
             self._totals.note(output.usage)
+        if output.finish_reason is not None and output.usage is not None:
+            self._totals.close(output.usage)
         if choice.is_finished:
             return None
         before = len(choice.token_ids)
@@ -156,6 +178,11 @@ class Generation:
         self._totals.num_output_tokens += len(choice.token_ids) - before
         self._num_left -= choice.is_finished
         return delta if delta.text or delta.scores or delta.finish_reason is not None else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all choices have ended."""
+        return self._num_left == 0
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Deltas of all choices until each has ended."""

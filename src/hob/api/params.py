@@ -6,6 +6,7 @@ Every check names the field (`param`), its value and what was expected. Nothing 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -22,15 +23,15 @@ MAX_TOPS = 20
 _INT64 = 1 << 63
 
 
-def check_neutral(body: msgspec.Struct, prefix: str = "") -> None:
-    """Refuse fields that Hob does not do unless they ask for nothing (schema.NEUTRAL)."""
+def check_neutral(body: msgspec.Struct, prefix: str = "", allowed: Mapping[str, tuple[Any, ...]] = NEUTRAL) -> None:
+    """Refuse fields that Hob does not do unless they ask for nothing."""
     for name in body.__struct_fields__:
-        allowed = NEUTRAL.get(name)
-        if allowed is None:
+        values = allowed.get(name)
+        if values is None:
             continue
         value = getattr(body, name)
-        if value is not None and not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
-            expected = " or ".join(["null", *(show(a) for a in allowed)])
+        if value is not None and not any(value is a or (type(value) is type(a) and value == a) for a in values):
+            expected = " or ".join(["null", *(show(a) for a in values)])
             raise InvalidRequest(
                 f"field '{prefix}{name}' is {show(value)}, which this service does not support. Expected {expected}.",
                 param=f"{prefix}{name}",

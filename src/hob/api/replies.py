@@ -26,12 +26,13 @@ def error_object(error: HobError) -> dict[str, Any]:
     return {"error": fields if error.policy is None else {**fields, "policy": error.policy}}
 
 
-def error_reply(error: HobError) -> Response:
-    """An error with its status, and Retry-After where it says when to come back."""
+def error_reply(error: HobError, path: str = "") -> Response:
+    """An error with its status, and Retry-After where it says when to come back. Under /api/ in Ollama's shape."""
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, round(error.retry_after_s)))
-    return json_reply(error_object(error), error.status, headers)
+    body = {"error": error.message} if path.startswith("/api/") else error_object(error)
+    return json_reply(body, error.status, headers)
 
 
 def unexpected(error: Exception) -> InternalError:

@@ -26,14 +26,51 @@ class ContentPart(Body, kw_only=True):
     refusal: Any = None
 
 
+class CalledFunction(Body, kw_only=True):
+    """What a call says: a function and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Body, kw_only=True):
+    """A call that the model made in an earlier turn."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+    @classmethod
+    def of(cls, call_id: str, name: str, arguments: str) -> ToolCall:
+        """From its parts."""
+        return cls(id=call_id, function=CalledFunction(name=name, arguments=arguments))
+
+
+class Function(Body, kw_only=True):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body, kw_only=True):
+    """A tool that the model may use."""
+
+    function: Function
+    type: Literal["function"] = "function"
+
+
 class Message(Body, kw_only=True):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: Any = None
-    tool_call_id: Any = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
     function_call: Any = None
     refusal: Any = None
     audio: Any = None
@@ -69,6 +106,8 @@ class Sampling(Body, kw_only=True):
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
+    allow_cut: bool | None = None
+    """Let a prompt that is too long lose its oldest part; else it is an error."""
     service_class: str | None = None
     user: str | None = None
 
@@ -84,9 +123,9 @@ class ChatRequest(Sampling, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     store: Any = None
-    tools: Any = None
+    tools: list[Tool] | None = None
     tool_choice: Any = None
-    parallel_tool_calls: Any = None
+    parallel_tool_calls: bool | None = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
@@ -119,6 +158,7 @@ class EmbeddingRequest(Body, kw_only=True):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     pooling: Literal["mean", "last"] | None = None
+    allow_cut: bool | None = None
     service_class: str | None = None
     user: str | None = None
 
@@ -148,9 +188,6 @@ class TokenizeRequest(Body, kw_only=True):
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "store": (False,),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (),
     "functions": ([],),
     "function_call": ("none",),
     "modalities": (["text"],),
@@ -162,8 +199,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "prompt_cache_retention": (),
     "suffix": ("",),
-    "tool_calls": ([],),
-    "tool_call_id": (),
     "refusal": ("",),
     "annotations": ([],),
 }

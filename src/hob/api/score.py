@@ -36,7 +36,10 @@ async def run(call: Call, request: Request) -> list[Scored]:
             if output.usage is not None and output.index == 0 and not is_noted:
                 is_noted = True
                 totals.note(output.usage)
-            num_left -= output.finish_reason is not None
+            if output.finish_reason is not None:
+                num_left -= 1
+                if output.usage is not None:
+                    totals.close(output.usage)
     call.record.note_output()
     if num_left:
         raise InternalError(f"{num_left} of {len(results)} sequences never ended")

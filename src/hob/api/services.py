@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hob.api.app_sockets import AppSockets
 from hob.api.sessions import Sessions
 from hob.config import Config
+from hob.energy import Meter
 from hob.errors import ModelNotFound
 from hob.kvcache.contexts import ContextStore
 from hob.messages import ModelInfo
@@ -94,6 +95,11 @@ class Services:
         from hob.api.observe import Observer
 
         return Observer(lambda: self.backend.stats)
+
+    sha256_of: Callable[[str], str | None] = lambda name: None
+    """SHA-256 of a model's file. None: not known, or not yet."""
+    meter: Meter | None = None
+    """The processor's energy. None: not measured here."""
 
     def resolve_model(self, name: str) -> ModelInfo:
         """The loaded model, if `name` means it: its name, 'default' or nothing.

@@ -1,6 +1,9 @@
-"""Replies on the wire: server-sent events, and work that ends when its client leaves. Plain ASGI per token.
+"""Replies on the wire: streams of events, and work that ends when its client leaves. Plain ASGI per token.
 
-data: {first chunk} ... data: [DONE]      an error after the first byte is an event of its own and the last one
+data: {first chunk} ... data: [DONE]      server-sent events, as OpenAI has them
+{first line} ...                          newline-delimited JSON, as Ollama has it
+
+An error after the first byte is an event of its own and the last one.
 """
 
 from __future__ import annotations
@@ -22,7 +25,28 @@ from hob.request import SequenceOutput
 from hob.service.outputs import Outputs
 
 T = TypeVar("T")
-DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """How a stream's events look."""
+
+    media_type: str
+    done: bytes
+    """After the last event."""
+    error: Callable[[HobError], bytes]
+
+
+def _sse_error(error: HobError) -> bytes:
+    return b"data: " + msgspec.json.encode(error_object(error)) + b"\n\n"
+
+
+def _line_error(error: HobError) -> bytes:
+    return msgspec.json.encode({"error": error.message}) + b"\n"
+
+
+SSE = Framing("text/event-stream", b"data: [DONE]\n\n", _sse_error)
+NDJSON = Framing("application/x-ndjson", b"", _line_error)
 
 
 class ClientGone(Exception):
@@ -82,17 +106,20 @@ class Shortcut:
 
 
 class EventStream(Response):
-    """Server-sent events from an async generator of whole events, and from its `shortcut` if there is one.
+    """Whole events from an async generator, and from its `shortcut` if there is one.
 
     The first event is awaited before the status line is sent, so an error until then still gets its own status.
     """
 
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[bytes, None], shortcut: Shortcut | None = None) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], shortcut: Shortcut | None = None, framing: Framing = SSE
+    ) -> None:
         self._events = events
         self._shortcut = shortcut
-        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        self._framing = framing
+        super().__init__(
+            media_type=framing.media_type, headers={"cache-control": "no-store", "x-accel-buffering": "no"}
+        )
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,13 +136,9 @@ class EventStream(Response):
             try:
                 async for event in events:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
-                last = DONE
+                last = self._framing.done
             except HobError as error:
-                last = _error_event(error)
+                last = self._framing.error(error)
             except Exception as error:
-                last = _error_event(unexpected(error))
+                last = self._framing.error(unexpected(error))
             await send({"type": "http.response.body", "body": last, "more_body": False})
-
-
-def _error_event(error: HobError) -> bytes:
-    return b"data: " + msgspec.json.encode(error_object(error)) + b"\n\n"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hob.errors import InvalidRequest
+from hob.models.tool_text import fold_tools
 
 VOCAB_SIZE = 256
 
@@ -34,8 +34,6 @@ class ByteChat:
     """`role: content` lines and an open assistant line."""
 
     def encode(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """Ids of the conversation. Raises InvalidRequest if tools are given."""
-        if tools:
-            raise InvalidRequest("the fake model takes no tools", param="tools")
-        lines = [f"{message['role']}: {message['content']}\n" for message in messages]
+        """Ids of the conversation, tools and calls as text."""
+        lines = [f"{message['role']}: {message['content']}\n" for message in fold_tools(messages, tools)]
         return list("".join([*lines, "assistant: "]).encode())

@@ -17,6 +17,7 @@ from hob.errors import InvalidRequest, ModelFileError
 from hob.models.chat_template import CHATML, ChatTemplate
 from hob.models.escape import Escaper, Stand
 from hob.models.tokenizer import Tokenizer
+from hob.models.tool_text import fold_tools, knows_tools
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._escaper = Escaper(tokenizer.token_text(i) for i in tokenizer.special_ids)
         self._template: ChatTemplate | None = None
+        self._knows_tools = template is not None and knows_tools(template)
         self._fault = ""
         try:
             self._template = ChatTemplate(CHATML if template is None else template)
@@ -98,6 +100,8 @@ class ChatEncoder:
         """
         if self._template is None:
             raise InvalidRequest(self._fault)
+        if not self._knows_tools:
+            messages, tools = fold_tools(check_messages(messages), tools), None
         tokenizer = self._tokenizer
         bos = "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id)
         eos = "" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id)
