@@ -138,3 +138,78 @@ def test_openapi_names_every_route(http: httpx.Client) -> None:
             reply = http.request(method, path.replace("{name}", "scripted"))
             assert reply.status_code in (200, 400), path
     assert document["components"]["schemas"]["ChatRequest"]["additionalProperties"] is False
+
+
+def test_calibrated_probabilities_are_over_those_of_texts_that_say_nothing(
+    http: httpx.Client, backend: ScriptedBackend
+) -> None:
+    body = {"model": "scripted", "text": "t", "labels": ["a", "b", "cc"]}
+    plain = http.post("/hob/v1/classify", json=body).json()
+    reply = http.post("/hob/v1/classify", json={**body, "calibrate": True}).json()
+    # the scripted model gives a label the same score whatever the text: nothing is left of its preference
+    assert [entry["probability"] for entry in reply["labels"]] == pytest.approx([1 / 3] * 3)
+    assert [entry["logprob"] for entry in reply["labels"]] == [entry["logprob"] for entry in plain["labels"]]
+    assert len(backend.requests) == 5
+    assert b"Text: N/A\n" in bytes(backend.requests[2].token_ids)
+    prompt = {"model": "scripted", "prompt": "x", "labels": ["a", "b"], "calibrate": True, "content_free": ["", "-"]}
+    assert http.post("/hob/v1/classify", json=prompt).status_code == 400  # an empty prompt has no token
+    prompt["content_free"] = ["?", "-"]
+    assert http.post("/hob/v1/classify", json=prompt).status_code == 200
+
+
+def test_it_may_abstain(http: httpx.Client) -> None:
+    body = {"model": "scripted", "text": "t", "labels": ["a", "b"]}
+    sure = http.post("/hob/v1/classify", json=body).json()
+    best = max(entry["probability"] for entry in sure["labels"])
+    assert http.post("/hob/v1/classify", json={**body, "abstain_below": best - 0.01}).json()["label"] == sure["label"]
+    unsure = http.post("/hob/v1/classify", json={**body, "abstain_below": best + 0.01}).json()
+    assert unsure["label"] is None
+    assert unsure["labels"] == sure["labels"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"text": "t", "content_free": ["x"]}, "content_free"),
+        ({"prompt": "t", "calibrate": True}, "content_free"),
+        ({"messages": [{"role": "user", "content": "t"}], "calibrate": True}, "content_free"),
+        ({"text": "t", "abstain_below": 2}, "abstain_below"),
+    ],
+)
+def test_calibration_refused(http: httpx.Client, body: dict[str, Any], param: str) -> None:
+    reply = http.post("/hob/v1/classify", json={"model": "scripted", "labels": ["a", "b"], **body})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+def test_score_continuations_and_prompts(http: httpx.Client, backend: ScriptedBackend) -> None:
+    reply = http.post("/hob/v1/score", json={"prompt": "ab", "continuations": ["c", [100, 101]]}).json()
+    assert [entry["token_logprobs"] for entry in reply["scores"]] == [
+        [score_of(ord("c"))],
+        [score_of(100), score_of(101)],
+    ]
+    assert reply["scores"][1]["logprob"] == score_of(100) + score_of(101)
+    assert reply["scores"][1]["tokens"] == ["d", "e"]
+    reply = http.post("/hob/v1/score", json={"prompt": "abc", "top_logprobs": 2}).json()
+    (entry,) = reply["scores"]
+    assert entry["token_logprobs"] == [score_of(ord("b")), score_of(ord("c"))]
+    assert len(entry["top_logprobs"][0]) == 2
+    assert reply["hob"]["tokens"]["seen"] == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "prompt"),
+        ({"prompt": "a"}, None),
+        ({"prompt": ["ab", "cd"]}, "prompt"),
+        ({"prompt": "ab", "continuations": []}, "continuations"),
+        ({"prompt": "ab", "continuations": [""]}, "continuations"),
+        ({"prompt": "ab", "top_logprobs": 99}, "top_logprobs"),
+        ({"prompt": "ab", "continuations": ["c"], "top_logprobs": 2}, "top_logprobs"),
+    ],
+)
+def test_score_refused(http: httpx.Client, body: dict[str, Any], param: str | None) -> None:
+    reply = http.post("/hob/v1/score", json=body)
+    assert reply.status_code == 400
+    assert param is None or param in reply.json()["error"]["param"]

@@ -23,6 +23,7 @@ from hob.api.metrics import metrics
 from hob.api.openapi import document
 from hob.api.overview import events, overview
 from hob.api.replies import error_reply
+from hob.api.scores import score_texts
 from hob.api.services import Services
 from hob.api.tokenize import tokenize
 from hob.errors import NotFound
@@ -34,6 +35,7 @@ POSTS: dict[str, Route] = {
     "/v1/completions": completions,
     "/v1/embeddings": embeddings,
     "/hob/v1/classify": classify,
+    "/hob/v1/score": score_texts,
     "/hob/v1/tokenize": tokenize,
     page.LINK: page.make_link,
     "/api/chat": ollama.chat,

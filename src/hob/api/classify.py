@@ -9,6 +9,10 @@ Each label is scored as what the model would say next, exactly, over one shared 
 The default instruction names the labels and does not depend on the text, so it is computed once and cached.
 A label's probability is the softmax over labels of the sum of its tokens' log-probabilities; `normalise: "mean"`
 divides each sum by its number of tokens first, which does not punish long labels.
+
+`calibrate` takes out what the model prefers whatever the text: each label's probability is divided by its mean over
+texts that say nothing (`content_free`; "N/A", "[MASK]" and none by themselves), then all are normalised again (Zhao et
+al. 2021, arXiv:2102.09690). With `abstain_below` the answer is no label where the best one is less likely than that.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
 from starlette.responses import Response
 
 from hob.api import score
@@ -26,12 +31,14 @@ from hob.api.params import fit_context
 from hob.api.receipt import receipt
 from hob.api.replies import json_reply
 from hob.api.schema import ClassifyRequest
-from hob.api.together import aside
+from hob.api.together import all_of, aside
 from hob.api.wire import usage_object
 from hob.errors import InvalidRequest
 from hob.request import Kind
 
 MAX_LABELS = 128
+MAX_CONTENT_FREE = 8
+CONTENT_FREE = ["N/A", "[MASK]", ""]
 INSTRUCTION = "Classify the text. Answer with one of these labels only: {labels}."
 
 
@@ -44,13 +51,17 @@ async def classify(call: Call, raw: bytes) -> Response:
     tokenizer = call.services.tokenizer
     continuations = [tokenizer.encode(text, add_bos=False) for text in texts]
     longest = max(map(len, continuations))
-    fit_context(len(prefix) + longest, 0, model.context_length, prompt_param=_source(body), least=0)
-    request = call.request(prefix, Kind.SCORE, body.service_class, continuations=continuations)
-    results = await call.while_connected(score.run(call, request))
-    sums = [sum(result.logprobs) for result in results]
-    counts = [len(result.logprobs) for result in results]
-    weighed = [s / n for s, n in zip(sums, counts, strict=True)] if body.normalise == "mean" else sums
-    probabilities = softmax(weighed)
+    prefixes = [prefix, *await aside(len(raw), lambda: _content_free(call, body, labels))]
+    requests = []
+    for token_ids in prefixes:
+        fit_context(len(token_ids) + longest, 0, model.context_length, prompt_param=_source(body), least=0)
+        requests.append(call.request(token_ids, Kind.SCORE, body.service_class, continuations=continuations))
+    found = await call.while_connected(all_of([score.run(call, request) for request in requests]))
+    sums = [sum(result.logprobs) for result in found[0]]
+    counts = [len(result.logprobs) for result in found[0]]
+    probabilities, *baselines = [_probabilities(results, body.normalise) for results in found]
+    if baselines:
+        probabilities = calibrated(probabilities, baselines)
     scored = [
         {"label": label, "probability": p, "logprob": s, "num_tokens": n}
         for label, p, s, n in zip(labels, probabilities, sums, counts, strict=True)
@@ -59,12 +70,57 @@ async def classify(call: Call, raw: bytes) -> Response:
     reply: dict[str, Any] = {
         "object": "classification",
         "model": model.name,
-        "label": best["label"],
+        "label": None if _abstains(body, max(probabilities)) else best["label"],
         "labels": scored,
         "usage": usage_object(call.record.totals),
         "hob": receipt(call),
     }
     return json_reply(reply)
+
+
+def _probabilities(results: list[score.Scored], normalise: str) -> list[float]:
+    sums = [sum(result.logprobs) for result in results]
+    counts = [len(result.logprobs) for result in results]
+    return softmax([s / n for s, n in zip(sums, counts, strict=True)] if normalise == "mean" else sums)
+
+
+def calibrated(probabilities: list[float], baselines: list[list[float]]) -> list[float]:
+    """Probabilities over those of texts that say nothing, normalised."""
+    means = [sum(column) / len(baselines) for column in zip(*baselines, strict=True)]
+    return softmax([_log(p) - _log(mean) for p, mean in zip(probabilities, means, strict=True)])
+
+
+def _log(probability: float) -> float:
+    return math.log(max(probability, 1e-300))
+
+
+def _abstains(body: ClassifyRequest, probability: float) -> bool:
+    threshold = body.abstain_below
+    if threshold is None:
+        return False
+    if not 0 <= threshold <= 1:
+        raise InvalidRequest(f"field 'abstain_below' is {threshold:g}. Expected 0 to 1.", param="abstain_below")
+    return probability < threshold
+
+
+def _content_free(call: Call, body: ClassifyRequest, labels: list[str]) -> list[list[int]]:
+    """Prefixes of the same task whose text says nothing. None without `calibrate`."""
+    source = _source(body)
+    if not body.calibrate:
+        if body.content_free is not None:
+            raise InvalidRequest("field 'content_free' is given, but 'calibrate' is not true", param="content_free")
+        return []
+    texts = CONTENT_FREE if body.content_free is None and source == "text" else body.content_free
+    if source == "messages" or not texts:
+        raise InvalidRequest(
+            f"calibrating needs 'text', or 'prompt' with prompts that say nothing in 'content_free'; found '{source}'",
+            param="content_free",
+        )
+    if len(texts) > MAX_CONTENT_FREE:
+        raise InvalidRequest(
+            f"field 'content_free' has {len(texts)} texts. Expected at most {MAX_CONTENT_FREE}.", param="content_free"
+        )
+    return [_prefix(call, msgspec.structs.replace(body, **{source: text}), labels) for text in texts]
 
 
 def softmax(values: list[float]) -> list[float]:

@@ -8,16 +8,40 @@ from typing import Any
 import msgspec
 
 from hob import __version__
-from hob.api.schema import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest
+from hob.api.ollama_schema import ChatBody, EmbedBody, GenerateBody, NameBody, OldEmbedBody
+from hob.api.schema import (
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    ScoreRequest,
+    TokenizeRequest,
+)
 
 BODIES: dict[str, type[msgspec.Struct]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/v1/embeddings": EmbeddingRequest,
     "/hob/v1/classify": ClassifyRequest,
+    "/hob/v1/score": ScoreRequest,
     "/hob/v1/tokenize": TokenizeRequest,
+    "/api/chat": ChatBody,
+    "/api/generate": GenerateBody,
+    "/api/embed": EmbedBody,
+    "/api/embeddings": OldEmbedBody,
+    "/api/show": NameBody,
+    "/api/pull": NameBody,
 }
-GETS = ("/v1/models", "/v1/models/{name}", "/hob/v1/stats", "/hob/v1/overview", "/health")
+GETS = (
+    "/v1/models",
+    "/v1/models/{name}",
+    "/hob/v1/stats",
+    "/hob/v1/overview",
+    "/health",
+    "/api/tags",
+    "/api/ps",
+    "/api/version",
+)
 _ERROR = {
     "description": "What happened, the value, what was expected.",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},

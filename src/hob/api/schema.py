@@ -174,6 +174,22 @@ class ClassifyRequest(Body, kw_only=True):
     continuations: list[str] | None = None
     instruction: str | None = None
     normalise: Literal["sum", "mean"] = "sum"
+    calibrate: bool = False
+    content_free: list[str] | None = None
+    abstain_below: float | None = None
+    service_class: str | None = None
+
+
+class ScoreRequest(Body, kw_only=True):
+    """Body of /hob/v1/score: one of prompt and messages, and what may follow it."""
+
+    model: str = ""
+    prompt: str | list[Any] | None = None
+    """A text, or token ids."""
+    messages: list[Message] | None = None
+    continuations: list[Any] | None = None
+    """Texts, or lists of token ids. None: the prompt's own tokens are scored."""
+    top_logprobs: int | None = None
     service_class: str | None = None
 
 
