@@ -32,7 +32,7 @@ T field(const nb::dict& network, const char* name) {
 
 // Switches of architectures that the forward pass does not have yet must be at their neutral value.
 void require_neutral(const nb::dict& network) {
-  for (const char* name : {"logit_softcap", "attention_softcap", "num_experts"})
+  for (const char* name : {"logit_softcap", "attention_softcap"})
     if (network.contains(name) && nb::cast<double>(nb::float_(network[name])) != 0.0)
       refuse("network: ", name, " is not supported by this version (architecture '", field<std::string>(network, "architecture"), "')");
 }
@@ -65,6 +65,10 @@ Network network_from(const nb::dict& d) {
   n.sliding_window = field<int>(d, "sliding_window");
   n.sliding_layers = field<std::vector<uint8_t>>(d, "sliding_layers");
   n.sliding_rope_theta = field<double>(d, "sliding_rope_theta");
+  n.num_experts = field<int>(d, "num_experts");
+  n.num_active_experts = field<int>(d, "num_active_experts");
+  n.expert_ffn_size = field<int>(d, "expert_ffn_size");
+  n.is_expert_weight_normalised = field<bool>(d, "normalise_experts");
   return n;
 }
 

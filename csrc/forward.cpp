@@ -274,7 +274,7 @@ class Step {
   // The input of down, which is there in full only when all panels of gate and up are done.
   void adapt_down_input(int layer, int first, int count, const Acts& ffn, Scratch& s) {
     for (int i = 0; i < count && has_adapters_; ++i)
-      adapt_input(layer, kInputDown, first + i, i, ffn.rows + static_cast<ptrdiff_t>(i) * ffn.stride, net_.ffn_size, s);
+      adapt_input(layer, kInputDown, first + i, i, ffn.rows + static_cast<ptrdiff_t>(i) * ffn.stride, m_.ffn_size(), s);
   }
 
   // What `project` gave for rows first .. first + count, in the same place.
@@ -358,14 +358,108 @@ class Step {
     project(l.up, in, count, p, p + 1, s.up - p * kPanel, kPanel, false);
     adapt(layer, kTargetGate, first, count, p, p + 1, s.gate - p * kPanel, kPanel, s);
     adapt(layer, kTargetUp, first, count, p, p + 1, s.up - p * kPanel, kPanel, s);
+    activate(p, count, l.down.is_quantised(), ffn, s);
+  }
+
+  // Panel p of gate and up -> panel p of what goes into down.
+  void activate(int p, int count, bool is_quantised, const Acts& ffn, Scratch& s) {
     m_.gate_mul(s.gate, s.up, count * kPanel, s.gate);
     for (int i = 0; i < count; ++i) {
       const float* y = s.gate + i * kPanel;
-      if (l.down.is_quantised())
+      if (is_quantised)
         k_.quantise(y, 1, ffn.tiles + static_cast<ptrdiff_t>(i / kTileRows) * ffn.num_groups + p, i % kTileRows);
-      if (!l.down.is_quantised() || has_adapters_)
+      if (!is_quantised || has_adapters_)
         std::copy_n(y, kPanel, ffn.rows + static_cast<ptrdiff_t>(i) * ffn.stride + p * kPanel);
     }
+  }
+
+  // ---- mixture of experts: route each row, run each expert over its rows, sum a row's experts in the router's order ----
+
+  // Whether a row's FFN is computed: in the last layer only those of which something is wanted.
+  bool is_routed(int layer, int r) const { return layer + 1 < net_.num_layers || b_.out[r] != 0; }
+
+  void route(int layer, int r, Scratch& s) {
+    const Layer& l = m_.layers[static_cast<size_t>(layer)];
+    const int count = net_.num_active_experts;
+    const float* y = normalise(row_x(r), l.ffn_norm, 2 * layer + 1, 0, false, false, s, s.in);
+    for (int p = 0; p < l.router.num_panels; ++p)
+      k_.linear_f32(reinterpret_cast<const float*>(l.router.data + static_cast<size_t>(p) * l.router.panel_bytes), l.router.k, y, 0,
+                    1, s.scores + p * kPanel, 0, false);
+    const float largest = *std::max_element(s.scores, s.scores + net_.num_experts);
+    float total = 0.0f, chosen = 0.0f;
+    for (int e = 0; e < net_.num_experts; ++e) total += s.scores[e] = std::exp(s.scores[e] - largest);
+    for (int i = 0; i < count; ++i) {
+      float* best = std::max_element(s.scores, s.scores + net_.num_experts);
+      w_.expert[r * count + i] = static_cast<int32_t>(best - s.scores);
+      chosen += w_.expert_weight[r * count + i] = *best / total;
+      *best = -1.0f;
+    }
+    for (int i = 0; i < count && net_.is_expert_weight_normalised; ++i) w_.expert_weight[r * count + i] /= chosen;
+  }
+
+  // Sort the pairs of all rows by expert, rows ascending. Returns how many experts have any.
+  int sort_pairs(int layer) {
+    const int count = net_.num_active_experts;
+    std::fill_n(w_.expert_start, net_.num_experts + 1, 0);
+    for (int r = 0; r < b_.num_rows; ++r)
+      for (int i = 0; i < count && is_routed(layer, r); ++i) ++w_.expert_start[w_.expert[r * count + i] + 1];
+    int num_busy = 0;
+    for (int e = 0; e < net_.num_experts; ++e) {
+      if (w_.expert_start[e + 1] > 0) w_.busy_experts[num_busy++] = e;
+      w_.expert_start[e + 1] += w_.expert_start[e];
+    }
+    for (int r = b_.num_rows - 1; r >= 0; --r)
+      for (int i = 0; i < count && is_routed(layer, r); ++i) {
+        const int32_t place = --w_.expert_start[w_.expert[r * count + i] + 1];
+        w_.pair_row[place] = r;
+        w_.pair_of[r * count + i] = place;
+      }
+    // Each start was moved down to its own begin: entry e + 1 now holds where e begins.
+    std::copy(w_.expert_start + 1, w_.expert_start + net_.num_experts + 1, w_.expert_start);
+    return num_busy;
+  }
+
+  void experts(int layer) {
+    const int num_busy = sort_pairs(layer), num_pairs = num_pairs_of(layer);
+    timed(kGateUp, num_busy, [&](int piece, int thread) {
+      const int e = w_.busy_experts[piece];
+      const int end = piece + 1 < num_busy ? w_.expert_start[w_.busy_experts[piece + 1]] : num_pairs;
+      for (int first = w_.expert_start[e]; first < end; first += kMaxBlockRows)
+        run_expert(layer, e, first, std::min(kMaxBlockRows, end - first), scratch(thread));
+    });
+  }
+
+  int num_pairs_of(int layer) const {
+    int rows = 0;
+    for (int r = 0; r < b_.num_rows; ++r) rows += static_cast<int>(is_routed(layer, r));
+    return rows * net_.num_active_experts;
+  }
+
+  // Expert e over sorted pairs first .. first + count.
+  void run_expert(int layer, int e, int first, int count, Scratch& s) {
+    const Layer& l = m_.layers[static_cast<size_t>(layer)];
+    const Matrix gate = l.gate.part(e, net_.num_experts), up = l.up.part(e, net_.num_experts), down = l.down.part(e, net_.num_experts);
+    const Acts in = shaped(s.in, net_.hidden_size);
+    for (int i = 0; i < count; ++i)
+      normalise(row_x(w_.pair_row[first + i]), l.ffn_norm, 2 * layer + 1, i, !gate.is_quantised() || !up.is_quantised(),
+                gate.is_quantised() || up.is_quantised(), s, in);
+    for (int p = 0; p < gate.num_panels; ++p) {
+      project(gate, in, count, p, p + 1, s.gate - p * kPanel, kPanel, false);
+      project(up, in, count, p, p + 1, s.up - p * kPanel, kPanel, false);
+      activate(p, count, down.is_quantised(), s.ffn, s);
+    }
+    project(down, s.ffn, count, 0, down.num_panels, w_.expert_out + static_cast<ptrdiff_t>(first) * m_.hidden_padded(),
+            m_.hidden_padded(), false);
+  }
+
+  void add_experts(int layer, int first, int count) {
+    for (int r = first; r < first + count; ++r)
+      for (int i = 0; i < net_.num_active_experts && is_routed(layer, r); ++i) {
+        const ptrdiff_t at = static_cast<ptrdiff_t>(r) * net_.num_active_experts + i;
+        const float* y = w_.expert_out + static_cast<ptrdiff_t>(w_.pair_of[at]) * m_.hidden_padded();
+        float* x = row_x(r);
+        for (int j = 0; j < net_.hidden_size; ++j) x[j] += w_.expert_weight[at] * y[j];
+      }
   }
 
   // ---- residual sums of rows first .. first + count ----
@@ -461,6 +555,13 @@ class Step {
         adapt(layer, kTargetO, 0, n, p, p + 1, out, m_.hidden_padded(), s);
       });
       add_branches(kOut, l.post_attn_norm);
+      if (l.has_experts()) {
+        timed(kGateUp, n, [&](int r, int thread) { route(layer, r, scratch(thread)); });
+        experts(layer);
+        timed(kDown, n, [&](int r, int) { add_experts(layer, r, 1); });
+        keep(layer + 1, 0, n);
+        continue;
+      }
       timed(kGateUp, l.gate.num_panels, [&](int p, int thread) {
         Scratch& s = scratch(thread);
         const Acts in = prepared(s, net_.hidden_size, [&] { return ffn_input(layer, 0, n, s); });
@@ -487,15 +588,25 @@ class Step {
   }
 
   void finish_rows(int layer, int first, int count, Scratch& s) {
+    if (m_.layers[static_cast<size_t>(layer)].has_experts()) return add_experts(layer, first, count);
+    out_rows(layer, first, count, s);
+    ffn_rows(layer, first, count, s);
+  }
+
+  void out_rows(int layer, int first, int count, Scratch& s) {
     const Layer& l = m_.layers[static_cast<size_t>(layer)];
     float* out = branch(l.post_attn_norm, first);
     project(l.o, out_input(layer, first, count, s), count, 0, l.o.num_panels, out, m_.hidden_padded(), !l.post_attn_norm);
     adapt(layer, kTargetO, first, count, 0, l.o.num_panels, out, m_.hidden_padded(), s);
     add_branch(l.post_attn_norm, first, count, s);
+  }
+
+  void ffn_rows(int layer, int first, int count, Scratch& s) {
+    const Layer& l = m_.layers[static_cast<size_t>(layer)];
     const Acts in = ffn_input(layer, first, count, s);
     for (int p = 0; p < l.gate.num_panels; ++p) gate_up_panel(layer, p, in, first, count, s.ffn, s);
     adapt_down_input(layer, first, count, s.ffn, s);
-    out = branch(l.post_ffn_norm, first);
+    float* out = branch(l.post_ffn_norm, first);
     project(l.down, s.ffn, count, 0, l.down.num_panels, out, m_.hidden_padded(), !l.post_ffn_norm);
     adapt(layer, kTargetDown, first, count, 0, l.down.num_panels, out, m_.hidden_padded(), s);
     add_branch(l.post_ffn_norm, first, count, s);
@@ -517,7 +628,15 @@ class Step {
         if (layer > 0) keep(layer, first, first + count);
         if (!is_last) qkv_rows(layer, first, count, scratch(thread));
       });
-      if (layer < net_.num_layers) attention(layer);
+      if (layer == net_.num_layers) break;
+      attention(layer);
+      if (!m_.layers[static_cast<size_t>(layer)].has_experts()) continue;
+      timed(kLayers, blocks, [&](int block, int thread) {
+        const int first = first_row(block), end = first_row(block + 1);
+        out_rows(layer, first, end - first, scratch(thread));
+        for (int r = first; r < end; ++r) route(layer, r, scratch(thread));
+      });
+      experts(layer);
     }
     return true;
   }

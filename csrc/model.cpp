@@ -117,9 +117,13 @@ Layer Model::layer(int i) {
   l.k = matrix(prefix + "attn_k.weight", kv_size(), hidden);
   l.v = matrix(prefix + "attn_v.weight", kv_size(), hidden);
   l.o = matrix(prefix + "attn_output.weight", hidden, q_size);
-  l.gate = matrix(prefix + "ffn_gate.weight", net.ffn_size, hidden);
-  l.up = matrix(prefix + "ffn_up.weight", net.ffn_size, hidden);
-  l.down = matrix(prefix + "ffn_down.weight", hidden, net.ffn_size);
+  const int experts = std::max(1, net.num_experts);
+  const std::string suffix = net.num_experts > 0 ? "_exps.weight" : ".weight";
+  l.gate = matrix(prefix + "ffn_gate" + suffix, experts * ffn_size(), hidden);
+  l.up = matrix(prefix + "ffn_up" + suffix, experts * ffn_size(), hidden);
+  l.down = matrix(prefix + "ffn_down" + suffix, experts * hidden, ffn_size());
+  if (net.num_experts > 0) l.router = matrix(prefix + "ffn_gate_inp.weight", net.num_experts, hidden);
+  if (l.router.is_quantised()) refuse("tensor ", prefix, "ffn_gate_inp.weight is quantised, expected float32");
   return l;
 }
 
@@ -160,6 +164,14 @@ void Model::check_network() const {
   if (!n.sliding_layers.empty() && n.sliding_layers.size() != static_cast<size_t>(n.num_layers))
     refuse("network: ", n.sliding_layers.size(), " sliding_layers, expected ", n.num_layers);
   if (!n.sliding_layers.empty() != (n.sliding_window > 0)) refuse("network: sliding_window and sliding_layers go together");
+  if (n.num_experts < 0 || n.num_experts > 4096) refuse("network: num_experts is ", n.num_experts, ", expected 0..4096");
+  if (n.num_experts > 0) {
+    if (n.num_active_experts < 1 || n.num_active_experts > n.num_experts)
+      refuse("network: num_active_experts is ", n.num_active_experts, ", expected 1..", n.num_experts);
+    if (n.has_post_norms) refuse("network: post_norms and experts do not go together");
+    if (n.expert_ffn_size < kPanel || n.expert_ffn_size > (1 << 20) || n.expert_ffn_size % kPanel != 0 || n.hidden_size % kPanel != 0)
+      refuse("network: experts of ", n.hidden_size, " x ", n.expert_ffn_size, ", expected multiples of ", kPanel);
+  }
   if (!(n.sliding_rope_theta >= 0.0)) refuse("network: sliding_rope_theta is ", n.sliding_rope_theta, ", expected 0 or more");
   if (!(n.rms_eps >= 0.0f)) refuse("network: rms_eps is ", n.rms_eps, ", expected 0 or more");
 }

@@ -32,6 +32,8 @@ struct Network {
   int sliding_window = 0;
   std::vector<uint8_t> sliding_layers;
   double sliding_rope_theta = 0.0;
+  int num_experts = 0, num_active_experts = 0, expert_ffn_size = 0;
+  bool is_expert_weight_normalised = false;
 };
 
 struct TensorEntry {
@@ -50,6 +52,14 @@ struct Matrix {
   size_t panel_bytes = 0;
 
   bool is_quantised() const { return kind != Kind::kF32; }
+  // The i-th of `count` matrices of equal size that lie one after the other; each fills whole panels.
+  Matrix part(int i, int count) const {
+    Matrix m = *this;
+    m.n /= count;
+    m.num_panels /= count;
+    m.data += static_cast<size_t>(i) * static_cast<size_t>(m.num_panels) * panel_bytes;
+    return m;
+  }
 };
 
 struct Layer {
@@ -60,7 +70,11 @@ struct Layer {
   const float *q_norm, *k_norm;                      // (head_dim) of each head, or (heads x head_dim) of all at once
   const float *post_attn_norm, *post_ffn_norm;       // (hidden) before the residual sum
   bool is_sliding;                                   // rows see the latest `sliding_window` keys
-  Matrix q, k, v, o, gate, up, down;
+  Matrix q, k, v, o;
+  Matrix router;          // (experts, hidden) float32; no data where the FFN is dense
+  Matrix gate, up, down;  // of experts: one expert's panels after the other's
+
+  bool has_experts() const { return router.data != nullptr; }
 };
 
 using GateKernel = void (*)(const float* gate, const float* up, int n, float* y);
@@ -98,6 +112,8 @@ class Model {
   int hidden_padded() const { return padded(network.hidden_size); }
   int heads_size() const { return network.num_heads * network.head_dim; }
   int kv_size() const { return network.num_kv_heads * network.head_dim; }
+  // Values that go into down: of the FFN, or of one expert's.
+  int ffn_size() const { return network.num_experts > 0 ? network.expert_ffn_size : network.ffn_size; }
   int half_rope() const { return static_cast<int>(rope_frequencies[0].size()); }
   size_t rope_of(const Layer& layer) const { return layer.is_sliding ? rope_frequencies.size() - 1 : 0; }
 

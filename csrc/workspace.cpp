@@ -38,7 +38,7 @@ Workspace::Workspace(const Model& model_, int max_rows_) : model(model_), max_ro
   arena_.add(&first_partial, rows * heads);
   arena_.add(&num_partials, rows * heads);
   arena_.add(&partials, static_cast<size_t>(kMaxPartials) * static_cast<size_t>(kPartialHead + net.head_dim));
-  add_acts(&ffn, net.ffn_size, kMaxBlockRows);
+  add_acts(&ffn, model.ffn_size(), kMaxBlockRows);
   add_acts(&head, net.hidden_size, kMaxBlockRows);
   arena_.add(&score_logits, kMaxBlockRows * vocab);
   arena_.add(&hidden, rows * static_cast<size_t>(net.num_layers + 1) * static_cast<size_t>(net.hidden_size));
@@ -48,7 +48,8 @@ Workspace::Workspace(const Model& model_, int max_rows_) : model(model_), max_ro
   scratch.resize(static_cast<size_t>(model.threads->num_threads()));
   for (Scratch& s : scratch) {
     add_acts(&s.in, widest, kMaxBlockRows);
-    add_acts(&s.ffn, net.ffn_size, kMaxBlockRows);
+    add_acts(&s.ffn, model.ffn_size(), kMaxBlockRows);
+    arena_.add(&s.scores, static_cast<size_t>(padded(net.num_experts)));
     arena_.add(&s.row, static_cast<size_t>(padded(widest)));
     arena_.add(&s.heads, static_cast<size_t>(kMaxBlockRows) * static_cast<size_t>(padded(model.kv_size())));
     arena_.add(&s.gate, kMaxBlockRows * kPanel);
@@ -62,6 +63,14 @@ Workspace::Workspace(const Model& model_, int max_rows_) : model(model_), max_ro
     arena_.add(&s.ids, vocab);
     arena_.add(&s.counts, vocab);
   }
+  const size_t pairs = rows * static_cast<size_t>(net.num_active_experts), experts = static_cast<size_t>(net.num_experts);
+  arena_.add(&expert, pairs);
+  arena_.add(&expert_weight, pairs);
+  arena_.add(&pair_row, pairs);
+  arena_.add(&pair_of, pairs);
+  arena_.add(&expert_start, experts + 1);
+  arena_.add(&busy_experts, experts);
+  arena_.add(&expert_out, pairs * static_cast<size_t>(model.hidden_padded()));
   arena_.add(&logits, rows * vocab);
   arena_.commit(false);
 

@@ -39,6 +39,7 @@ struct Scratch {
   float* up;         // (kMaxBlockRows, 32)
   float* attention;  // attention_scratch_floats
   float* adapted;    // (kMaxBlockRows, kMaxStacked) A x of the rows' adapters
+  float* scores;     // (experts padded to 32) of the router
   float* logits;     // (Vp) penalised copy of a row
   float* weights;    // (Vp) exp of it
   float* maxima;     // (Vp / 32)
@@ -75,6 +76,14 @@ class Workspace {
   float* partials;          // (kMaxPartials, kPartialHead + head_dim)
   Acts ffn;                 // shared by threads when they split the outputs: k = F
   Acts head;                // k = H
+  // Mixture of experts: a pair is a row and one of the experts chosen for it. Pairs at work are sorted by expert.
+  int32_t* expert;          // (R, active) by falling weight
+  float* expert_weight;     // (R, active)
+  int32_t* pair_row;        // (R x active) row of each sorted pair
+  int32_t* pair_of;         // (R, active) its place among the sorted
+  int32_t* expert_start;    // (experts + 1) first sorted pair of each expert
+  int32_t* busy_experts;    // (experts) those that have pairs
+  float* expert_out;        // (R x active, Hp) what each sorted pair's expert gave
   float* logits;            // (R, Vp)
   float* score_logits;      // (kMaxBlockRows, Vp)
   float* hidden;            // (R, num_kept, H) with up to layers + 1 kept

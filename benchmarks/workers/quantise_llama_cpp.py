@@ -33,7 +33,8 @@ def main(source: str, destination: str, name: str) -> None:
     params.ftype = FILE_TYPES[name]
     params.allow_requantize = True
     params.pure = True
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda level, text, data: None), ctypes.c_void_p(0))
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     status = llama_cpp.llama_model_quantize(source.encode(), destination.encode(), ctypes.byref(params))
     sys.exit(f"llama.cpp's quantiser ended with {status}" if status else 0)
 

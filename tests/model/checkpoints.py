@@ -33,10 +33,10 @@ class Shape:
     head_dim: int = 0
     """0: hidden_size / num_heads."""
     num_experts: int = 0
-    normalise_experts: bool = False
+    num_active_experts: int = 0
 
 
-_MODEL_TYPES = {"gemma3": "gemma3_text"}
+_MODEL_TYPES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
 """Where transformers' name of a family is not GGUF's."""
 SLIDING_WINDOW = 20
 
@@ -53,6 +53,13 @@ def _family_config(shape: Shape) -> dict[str, Any]:
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             },
+        }
+    if shape.num_experts:
+        return {
+            "num_experts": shape.num_experts,
+            "num_experts_per_tok": shape.num_active_experts,
+            "moe_intermediate_size": shape.ffn_size,
+            "norm_topk_prob": shape.family == "qwen3moe",
         }
     return {}
 
@@ -116,6 +123,7 @@ _NAMES = {
     "mlp.down_proj": "ffn_down",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate": "ffn_gate_inp",
 }
 _GEMMA_NAMES = {
     "post_attention_layernorm": "post_attention_norm",
@@ -138,6 +146,14 @@ def _interleaved(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.floa
     """Rows i and i + D / 2 of each head become neighbours."""
     halves = weight.reshape(num_heads, 2, -1, *weight.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+
+
+def _expert_matrices(name: str, weight: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """(E, N, K) by GGUF's names; transformers keeps gate and up in one."""
+    if name.endswith("down_proj"):
+        return {"ffn_down_exps": weight}
+    gate, up = np.split(weight, 2, axis=1)
+    return {"ffn_gate_exps": np.ascontiguousarray(gate), "ffn_up_exps": np.ascontiguousarray(up)}
 
 
 def _add_rope(out: gguf.GGUFWriter, model: PreTrainedModel) -> None:
@@ -171,16 +187,26 @@ def write_gguf(model: PreTrainedModel, path: Path, quant: str = "F32", family: s
     if family == "gemma3":
         out.add_sliding_window(config.sliding_window)
         out.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+    if "num_experts_per_tok" in config:
+        out.add_expert_count(config.num_experts)
+        out.add_expert_used_count(config.num_experts_per_tok)
+    if family == "qwen3moe":
+        out.add_expert_feed_forward_length(config.moe_intermediate_size)
     kind = gguf.GGMLQuantizationType[quant]
     is_permuted = family == "llama"
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if is_permuted else {}
     for name, parameter in model.named_parameters():
-        weight, gguf_name = parameter.detach().numpy(), _gguf_name(name, family)
+        weight = parameter.detach().numpy()
+        if ".experts." in name:
+            for part, stacked in _expert_matrices(name, weight).items():
+                out.add_tensor(f"blk.{name.split('.')[2]}.{part}.weight", quantize(stacked, kind), raw_dtype=kind)
+            continue
+        gguf_name = _gguf_name(name, family)
         if family == "gemma3" and "norm" in name:
             weight = weight + 1
         if num_heads := heads.get(gguf_name.split(".")[-2]):
             weight = _interleaved(weight, num_heads)
-        if weight.ndim == 1:
+        if weight.ndim == 1 or "ffn_gate_inp" in gguf_name:
             out.add_tensor(gguf_name, weight)
         else:
             out.add_tensor(gguf_name, quantize(weight, kind), raw_dtype=kind)

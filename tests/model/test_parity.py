@@ -33,8 +33,16 @@ SHAPES = {
     "qwen3": Shape("qwen3", hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=32),
     "qwen3, odd heads": Shape("qwen3", hidden_size=60, num_heads=3, num_kv_heads=1),
     "gemma3": Shape("gemma3", hidden_size=40, num_heads=4, num_kv_heads=1, head_dim=64, num_layers=4),
+    "olmoe": Shape(
+        "olmoe", hidden_size=64, num_heads=4, num_kv_heads=4, ffn_size=32, num_experts=7, num_active_experts=3
+    ),
+    "qwen3moe": Shape(
+        "qwen3moe", hidden_size=96, num_heads=3, num_kv_heads=1, ffn_size=64, num_experts=9, num_active_experts=2
+    ),
     "gemma3, wide odd heads": Shape("gemma3", hidden_size=56, num_heads=2, num_kv_heads=2, head_dim=250),
 }
+# Of few experts above: with many, float16 in the cache tips a choice between two of nearly equal score somewhere.
+MANY_EXPERTS = replace(SHAPES["qwen3moe"], num_experts=40, num_active_experts=4)
 FAMILIES = {shape.family: name for name, shape in SHAPES.items()}
 """One shape of each."""
 LENGTH = 75
@@ -106,6 +114,18 @@ def test_scores_and_hidden(folder: Path, implementation: str) -> None:
     hidden = runner.run(batch_of(ids, out=Out.HIDDEN)).hidden
     head = make_checkpoint(SHAPES[name]).lm_head.weight.detach().numpy()
     assert worst_difference(hidden[:, 0] @ head.T, expected) < TOLERANCE
+
+
+def test_many_experts(folder: Path) -> None:
+    """The reference in float32 throughout is transformers; ours is the reference, but for a rare choice that is tipped."""
+    model, ids = make_checkpoint(MANY_EXPERTS), token_ids(MANY_EXPERTS.vocab_size)
+    packed = ensure_packed(write_gguf(model, folder / "many.gguf", family=MANY_EXPERTS.family))
+    exact = ReferenceRunner(packed, kv_dtype=np.float32).run(batch_of(ids)).logits
+    assert worst_difference(exact, logits_of(model, ids)) < 1e-5
+    expected = open_runner("reference", packed).run(batch_of(ids)).logits
+    for isa in IMPLEMENTATIONS[1:]:
+        by_row = np.abs(open_runner(isa, packed).run(batch_of(ids)).logits - expected).max(axis=1)
+        assert np.mean(by_row < TOLERANCE * np.abs(expected).max()) > 0.85
 
 
 @pytest.mark.parametrize("name", SHAPES)

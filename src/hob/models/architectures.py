@@ -19,12 +19,14 @@ from hob.errors import ModelFileError
 from hob.models.ggml_types import F32
 from hob.models.gguf import GgufFile
 from hob.models.network import Network
+from hob.native.layout import PANEL
 
 Shapes = dict[str, tuple[int, ...]]
 """Tensor name -> shape, row-major."""
 
 ROPE_FREQS = "rope_freqs.weight"
 MAX_LAYERS = 1024
+MAX_EXPERTS = 4096
 MAX_SIZE = 1 << 24
 """Largest hidden, FFN, vocabulary or context size taken for real."""
 
@@ -77,10 +79,17 @@ def expected_shapes(network: Network) -> Shapes:
         "attn_v.weight": (kv_size, hidden),
         "attn_output.weight": (hidden, q_size),
         "ffn_norm.weight": (hidden,),
-        "ffn_gate.weight": (ffn, hidden),
-        "ffn_up.weight": (ffn, hidden),
-        "ffn_down.weight": (hidden, ffn),
     }
+    if experts := network.num_experts:
+        ffn = network.expert_ffn_size
+        layer |= {
+            "ffn_gate_inp.weight": (experts, hidden),
+            "ffn_gate_exps.weight": (experts, ffn, hidden),
+            "ffn_up_exps.weight": (experts, ffn, hidden),
+            "ffn_down_exps.weight": (experts, hidden, ffn),
+        }
+    else:
+        layer |= {"ffn_gate.weight": (ffn, hidden), "ffn_up.weight": (ffn, hidden), "ffn_down.weight": (hidden, ffn)}
     if network.qkv_bias:
         layer |= {"attn_q.bias": (q_size,), "attn_k.bias": (kv_size,), "attn_v.bias": (kv_size,)}
     if network.qk_norm:
@@ -100,8 +109,6 @@ def expected_shapes(network: Network) -> Shapes:
 def _read_common(keys: _Keys) -> Network:
     """Sizes, and what RoPE does: the same keys in all families."""
     gguf = keys.gguf
-    if experts := keys.integer("expert_count", 0, 0):
-        raise keys.fail("expert_count", experts, "0: mixture-of-experts files are not supported yet")
     hidden = keys.integer("embedding_length", 2)
     heads = keys.integer("attention.head_count", 1)
     kv_heads = keys.integer("attention.head_count_kv", 1, heads)
@@ -135,6 +142,8 @@ def _read_common(keys: _Keys) -> Network:
 
 
 def _llama(keys: _Keys, network: Network) -> Fields:
+    if experts := keys.integer("expert_count", 0, 0):
+        raise keys.fail("expert_count", experts, "0: of mixtures of experts, olmoe and qwen3moe are supported")
     return {"qkv_bias": "blk.0.attn_q.bias" in keys.gguf.tensors}
 
 
@@ -159,6 +168,28 @@ def _gemma3(keys: _Keys, network: Network) -> Fields:
         "sliding_layers": _sliding_layers(keys, network.num_layers, default_period=6),
         "sliding_rope_theta": keys.number("rope.freq_base_swa", 10000.0),
         "logit_softcap": keys.number("final_logit_softcapping", 0.0, least=0.0),
+    }
+
+
+def _olmoe(keys: _Keys, network: Network) -> Fields:
+    return {"qk_norm": True, "qk_norm_joint": True, **_experts(keys, network)}
+
+
+def _qwen3moe(keys: _Keys, network: Network) -> Fields:
+    return {"qk_norm": True, "normalise_experts": True, **_experts(keys, network)}
+
+
+def _experts(keys: _Keys, network: Network) -> Fields:
+    """Their number and size. Experts lie one after the other in panels of 32 outputs, which each must fill."""
+    count = keys.integer("expert_count", 1, most=MAX_EXPERTS)
+    size = keys.integer("expert_feed_forward_length", PANEL, network.ffn_size)
+    for name, value in (("expert_feed_forward_length", size), ("embedding_length", network.hidden_size)):
+        if value % PANEL:
+            raise keys.fail(name, value, f"a multiple of {PANEL}")
+    return {
+        "num_experts": count,
+        "num_active_experts": keys.integer("expert_used_count", 1, most=count),
+        "expert_ffn_size": size,
     }
 
 
@@ -261,6 +292,8 @@ def _check_tensors(gguf: GgufFile, expected: Shapes) -> None:
 ARCHITECTURES = {
     "gemma3": Architecture(_gemma3),
     "llama": Architecture(_llama, interleaved_rope=True),
+    "olmoe": Architecture(_olmoe),
     "qwen2": Architecture(_qwen2),
     "qwen3": Architecture(_qwen3),
+    "qwen3moe": Architecture(_qwen3moe),
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import subprocess
 import sys
 import zlib
@@ -35,7 +36,7 @@ from hob.models.packed_file import Packed as Packed
 from hob.models.packed_file import data_offset_of as data_offset_of
 from hob.models.packed_file import open_packed as open_packed
 from hob.models.part_file import finish, locked_part, reserve, storage_errors, write_at
-from hob.native.layout import Kind, packed_nbytes
+from hob.native.layout import Kind, packed_nbytes, rows_and_cols
 
 log = logging.getLogger("hob.models")
 
@@ -160,7 +161,7 @@ def _plan(gguf: GgufFile, network: Network) -> list[PackedTensor]:
                 f"{gguf.path}: tensor '{info.name}' {info.shape} is {GGML_TYPES[info.ggml_type].name}. Expected one of "
                 f"{known} (vectors: F32, F16, BF16). Take another quantisation of the model."
             )
-        rows, cols = (1, *info.shape)[-2:]
+        rows, cols = rows_and_cols(info.shape)
         nbytes = packed_nbytes(kind, rows, cols)
         planned.append(PackedTensor(info.name, kind, rows, cols, offset, nbytes, NO_CRC))
         offset += -(-nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
@@ -176,8 +177,8 @@ def _quantisation(gguf: GgufFile) -> str:
     """The type of most matrix weights."""
     weights: Counter[int] = Counter()
     for info in gguf.tensors.values():
-        if len(info.shape) == 2:
-            weights[info.ggml_type] += info.shape[0] * info.shape[1]
+        if len(info.shape) > 1:
+            weights[info.ggml_type] += math.prod(info.shape)
     return GGML_TYPES[weights.most_common(1)[0][0]].name
 
 

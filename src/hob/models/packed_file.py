@@ -22,7 +22,7 @@ import msgspec
 from hob.errors import ModelFileError
 from hob.models.architectures import expected_shapes
 from hob.models.network import Network
-from hob.native.layout import Kind, packed_nbytes
+from hob.native.layout import Kind, packed_nbytes, rows_and_cols
 
 MAGIC = b"HOBPACK\0"
 FORMAT_VERSION = 1
@@ -154,7 +154,7 @@ def _check_tensors(path: Path, header: Header, data_bytes: int) -> None:
     end = 0
     for tensor in header.tensors:
         shape = missing.pop(tensor.name, None)
-        if shape is None or (1, *shape)[-2:] != (tensor.rows, tensor.cols):
+        if shape is None or rows_and_cols(shape) != (tensor.rows, tensor.cols):
             raise _damaged(path, f"tensor '{tensor.name}' is {tensor.rows} x {tensor.cols}; expected {shape}")
         if tensor.kind not in list(Kind) or tensor.nbytes != packed_nbytes(
             Kind(tensor.kind), *(tensor.rows, tensor.cols)

@@ -12,6 +12,7 @@ A vector (norm, bias) is F32 of one row: its K floats as they are. This module k
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,11 @@ class Kind(enum.IntEnum):
     def group_bytes(self) -> int:
         """Bytes of a group of 32 x 32 codes and its scales."""
         return (512 if self.is_4_bit else 1024) + (128 if self.has_minimum else 64)
+
+
+def rows_and_cols(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Outputs and inputs of a tensor: a vector has one row, matrices of experts lie one after the other."""
+    return math.prod(shape[:-1]), shape[-1]
 
 
 def packed_nbytes(kind: Kind, rows: int, cols: int) -> int:

@@ -266,8 +266,38 @@ class Model:
     def _ffn(self, layer: int, x: Floats, batch: Batch) -> Floats:
         name = f"blk.{layer}.ffn"
         normed = rms_norm(x, self._vector(f"{name}_norm.weight"), self.network.rms_eps)
+        if self.network.num_experts:
+            return self._experts(layer, normed)
         gate, up = self._linear(normed, f"{name}_gate", batch), self._linear(normed, f"{name}_up", batch)
         return self._linear(ACTIVATIONS[self.network.activation](gate) * up, f"{name}_down", batch)
+
+    def _experts(self, layer: int, normed: Floats) -> Floats:
+        """Each row by the experts its router likes best, in that order. Shazeer et al. 2017, arXiv:1701.06538."""
+        net, name = self.network, f"blk.{layer}.ffn"
+        scores = np.exp(log_softmax(linear(normed, self.weights[f"{name}_gate_inp.weight"])))
+        chosen = np.argsort(-scores, axis=1, kind="stable")[:, : net.num_active_experts]
+        share = np.take_along_axis(scores, chosen, axis=1)
+        if net.normalise_experts:
+            share /= share.sum(axis=1, keepdims=True)
+        y = np.zeros_like(normed)
+        for place in range(net.num_active_experts):
+            for expert in np.unique(chosen[:, place]):
+                rows = chosen[:, place] == expert
+                gate, up = (
+                    linear(normed[rows], self._expert(f"{name}_{part}_exps", expert)) for part in ("gate", "up")
+                )
+                out = linear(ACTIVATIONS[net.activation](gate) * up, self._expert(f"{name}_down_exps", expert))
+                y[rows] += share[rows, place, None] * out
+        return y
+
+    def _expert(self, name: str, expert: int) -> Weight:
+        """One expert's rows of a matrix that holds all."""
+        weight = self.weights[f"{name}.weight"]
+        size = len(weight.q if isinstance(weight, Codes) else weight) // self.network.num_experts
+        rows = slice(expert * size, (expert + 1) * size)
+        if not isinstance(weight, Codes):
+            return weight[rows]
+        return Codes(weight.kind, weight.q[rows], weight.d[rows], None if weight.m is None else weight.m[rows])
 
     def _outputs(self, x: Floats, states: Floats, batch: Batch) -> Result:
         head = self.weights["token_embd.weight" if self.network.tied_head else "output.weight"]
