@@ -117,7 +117,7 @@ def test_scores_and_hidden(folder: Path, implementation: str) -> None:
 
 
 def test_many_experts(folder: Path) -> None:
-    """The reference in float32 throughout is transformers; ours is the reference, but for a rare choice that is tipped."""
+    """In float32 throughout the reference is transformers; ours is the reference, but for a rare choice tipped."""
     model, ids = make_checkpoint(MANY_EXPERTS), token_ids(MANY_EXPERTS.vocab_size)
     packed = ensure_packed(write_gguf(model, folder / "many.gguf", family=MANY_EXPERTS.family))
     exact = ReferenceRunner(packed, kv_dtype=np.float32).run(batch_of(ids)).logits
