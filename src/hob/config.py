@@ -79,6 +79,9 @@ class SchedulerConfig:
     """Seconds a step may take by the cost model. Whoever arrives waits for one step; lower costs prefill speed."""
     urgent_stretch: float = 2.0
     """How many times longer than with them alone a step may take that carries interactive rows."""
+    lend_every: int = 24
+    """Of so many steps of interactive streams one may take `max_step_s`: lesser work is cheapest in long steps,
+    and one long gap among many short ones is no slower pace. 0: none."""
     max_waiting: int = 1024
     """Most requests in the queue; one more is refused with a retry-after."""
     prefix_cache: bool = True
@@ -285,6 +288,7 @@ def _check(config: Config) -> None:
         "max_step_tokens": (config.scheduler.max_step_tokens, 16),
         "max_step_s": (config.scheduler.max_step_s, 0.001),
         "urgent_stretch": (config.scheduler.urgent_stretch, 1.0),
+        "lend_every": (config.scheduler.lend_every, 0),
         "max_waiting": (config.scheduler.max_waiting, 1),
         "kv_tokens": (config.memory.kv_tokens, 256),
         "max_contexts": (config.contexts.max_contexts, 0),

@@ -248,8 +248,11 @@ class Sequence:
     """First token whose log-probability is wanted; it and all after it are scored. None: none."""
     is_loading: bool = False
     """Blocks of it are being read from disk: it holds them, but gets no rows yet."""
+    was_preempted: bool = False
     is_kept: bool = False
-    """Its class was starved when it started: it keeps its blocks to its end, or it would never reach it."""
+    """It keeps its blocks to its end: see scheduler/placement.py."""
+    is_left: bool = False
+    """It was preempted and blocks of it are kept on disk."""
     leader: Sequence | None = None
     """The sibling that computes the shared prompt; this one waits for it."""
     block_keys: list[bytes] = field(default_factory=list)

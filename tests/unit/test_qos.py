@@ -127,8 +127,9 @@ def test_the_cost_model_learns_the_machine(truth: FakeCost) -> None:
         assert cost.rows_within(budget, 0, 512) == pytest.approx(50, rel=0.3)
 
 
-def test_a_stream_keeps_its_pace_while_a_long_prompt_is_read() -> None:
-    alone, beside = Device(), Device()
+def chat_beside_a_long_prompt(**config: Any) -> tuple[Device, Device]:
+    """A chat of 200 tokens alone, and beside a prompt of 4,000."""
+    alone, beside = Device(SchedulerConfig(**config)), Device(SchedulerConfig(**config))
     for device in (alone, beside):
         device.add("warm", 500, 50, INTERACTIVE)
         device.run_until("warm")
@@ -138,18 +139,37 @@ def test_a_stream_keeps_its_pace_while_a_long_prompt_is_read() -> None:
     beside.add("long", 4000, 10, BACKGROUND, "other")
     alone.run_until("chat")
     beside.run_until("chat", "long")
+    return alone, beside
+
+
+def test_a_stream_keeps_its_pace_while_a_long_prompt_is_read() -> None:
+    alone, beside = chat_beside_a_long_prompt()
     assert p95(beside.gaps("chat")) <= 2 * p95(alone.gaps("chat"))
+    assert sum(beside.gaps("chat")) <= 2.5 * sum(alone.gaps("chat"))
 
 
 def test_without_the_budget_the_stream_would_stall() -> None:
     """The control of the test above: the detector cries when the budget is off."""
-    device = Device(SchedulerConfig(max_step_s=10.0, urgent_stretch=1000.0))
-    device.add("chat", 30, 200, INTERACTIVE)
-    for _ in range(10):
-        device.step()
-    device.add("long", 4000, 10, BACKGROUND, "other")
-    device.run_until("chat", "long")
-    assert device.gaps("chat")[-1] > 10 * device.gaps("chat")[0]
+    alone, beside = chat_beside_a_long_prompt(max_step_s=10.0, urgent_stretch=1000.0)
+    assert beside.gaps("chat")[-1] > 10 * alone.gaps("chat")[-1]
+
+
+def test_one_step_in_many_is_lent_to_lesser_classes() -> None:
+    lending, keeping = (chat_beside_a_long_prompt(lend_every=every)[1] for every in (24, 0))
+    long_gaps = [sum(gap > 0.03 for gap in device.gaps("chat")) for device in (lending, keeping)]
+    num_starved = int(sum(keeping.gaps("chat"))) + 1  # a class without a row for a second has its turn anyway
+    assert long_gaps[1] <= num_starved
+    assert 4 <= long_gaps[0] <= 200 / 24 + num_starved
+    assert lending.times["long"][-1] < keeping.times["long"][-1]
+
+
+def test_a_first_token_does_not_wait_for_a_lent_step() -> None:
+    device = Device(SchedulerConfig(lend_every=1))
+    device.add("bg", 4000, 10, BACKGROUND, "other")
+    device.step()
+    device.add("chat", 30, 20, INTERACTIVE)
+    device.step()
+    assert device.ttft("chat") <= 2.2 * (FakeCost().step + 30 * FakeCost().row)
 
 
 def test_a_newcomer_waits_for_one_step_at_most() -> None:

@@ -13,7 +13,7 @@ from hob.engine.fake import CostModel, FakeClock, FakeEngine
 from hob.kvcache.keys import KeyRing
 from hob.kvcache.store import BlockStore
 from hob.kvcache.swap import Swap
-from hob.request import Request, SamplingParams, SequenceOutput
+from hob.request import Request, SamplingParams, SequenceOutput, ServiceClass
 from hob.scheduler.scheduler import Scheduler
 from hob.service.step import run_step
 
@@ -256,4 +256,64 @@ def test_each_turn_replaces_the_unfinished_block_on_disk(tmp_path: Path) -> None
         history = history + world.tokens[str(i)]
     num_blocks = world.swap.store.num_bytes // world.swap.store.slot_bytes
     assert num_blocks == -(-(len(history) - 1) // 16), "no copies of what was unfinished earlier"
+    world.swap.close()
+
+
+# ---- preemption ----
+
+
+def preempted(world: World) -> None:
+    """A sequence of 120 tokens loses its blocks to an urgent one, which overwrites them, and comes back."""
+    sampling = SamplingParams(max_tokens=8, temperature=0.0)
+    low = Request("low", "app", prompt(120, 1), sampling=sampling, service_class=ServiceClass.BACKGROUND)
+    world.scheduler.add(low, world.clock())
+    world.step()
+    world.step()
+    urgent = Request("urgent", "chat", prompt(120, 2), sampling=sampling, service_class=ServiceClass.INTERACTIVE)
+    world.scheduler.add(urgent, world.clock())
+    world.run()
+    assert world.scheduler.stats().num_preemptions == 1
+    assert world.tokens["low"] == solo(prompt(120, 1)).tokens["solo", 0]
+    assert world.tokens["urgent"] == solo(prompt(120, 2)).tokens["solo", 0]
+
+
+def test_a_preempted_sequence_is_read_back_where_that_is_cheaper(tmp_path: Path) -> None:
+    world = World(tmp_path, num_blocks=9)
+    world.swap.recompute_s = lambda start, num_tokens: 1.0
+    preempted(world)
+    assert world.swap.num_read == 6, "one of the seven was never overwritten"
+    assert world.scheduler.stats().num_rows < 2 * (120 + 7) + 16, "at most an unfinished block is computed again"
+    assert world.swap.store.num_bytes == 0, "forgotten when it ended"
+    world.swap.close()
+
+
+def test_a_preempted_sequence_is_computed_again_where_that_is_cheaper(tmp_path: Path) -> None:
+    world = World(tmp_path, num_blocks=9)
+    world.swap.recompute_s = lambda start, num_tokens: 1e-9
+    preempted(world)
+    assert (world.swap.num_read, world.swap.num_written) == (0, 0)
+    world.swap.close()
+
+
+def test_a_full_writers_queue_is_not_waited_for(tmp_path: Path) -> None:
+    world = World(tmp_path, num_blocks=9)
+    world.swap._max_queued_bytes = 5 * world.engine.block_bytes
+    world.swap.recompute_s = lambda start, num_tokens: 1.0
+    preempted(world)
+    assert world.swap.num_written == 0
+    world.swap.close()
+
+
+def test_blocks_left_behind_do_not_outlive_the_engine(tmp_path: Path) -> None:
+    world = World(tmp_path, num_blocks=9)
+    world.swap.recompute_s = lambda start, num_tokens: 1.0
+    sampling = SamplingParams(max_tokens=8, temperature=0.0)
+    for name, app, klass in (("low", "app", ServiceClass.BACKGROUND), ("urgent", "chat", ServiceClass.INTERACTIVE)):
+        request = Request(name, app, prompt(120, 1), sampling=sampling, service_class=klass)
+        world.scheduler.add(request, world.clock())
+        world.step()
+    assert world.swap.store.num_bytes > 0
+    world.restart()
+    world.swap.store.reconcile({})
+    assert world.swap.store.num_bytes == 0
     world.swap.close()

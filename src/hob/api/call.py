@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from starlette.types import Receive
 
 from hob.api.generate import Totals
-from hob.api.params import service_class
+from hob.api.params import limit_s, service_class
+from hob.api.schema import Sampling
 from hob.api.services import Services
 from hob.api.stream import until_gone
 from hob.request import Kind, Request, ServiceClass
@@ -62,6 +63,9 @@ class Call:
     class_header: str | None
     record: Record
     receive: Receive
+    ttft_deadline_s: float | None = None
+    tpot_limit_s: float | None = None
+    """Of its requests, where the body has any."""
 
     def request(self, token_ids: list[int], kind: Kind, class_field: str | None, **fields: Any) -> Request:
         """A Request of this app. The call's receipt tells of its class and grammar."""
@@ -72,8 +76,15 @@ class Call:
             token_ids=token_ids,
             kind=kind,
             service_class=self.class_of(class_field),
+            ttft_deadline_s=self.ttft_deadline_s,
+            tpot_limit_s=self.tpot_limit_s,
             **fields,
         )
+
+    def take_limits(self, body: Sampling) -> None:
+        """Let the body's deadline and limit hold for the requests to come."""
+        self.ttft_deadline_s = limit_s(body, "ttft_deadline_ms")
+        self.tpot_limit_s = limit_s(body, "tpot_limit_ms")
 
     def class_of(self, class_field: str | None) -> ServiceClass:
         """The class asked for by field or header. Raises InvalidRequest."""

@@ -65,6 +65,7 @@ class Conversation:
 async def begin(call: Call, body: ChatRequest, num_bytes: int) -> Conversation:
     """Check a body and make the request of it. `num_bytes`: of the body; a long one is tokenised aside."""
     check_neutral(body)
+    call.take_limits(body)
     model = call.services.resolve_model(body.model)
     wants_stream_usage(body)
     stops = stop_strings(body)
@@ -306,7 +307,7 @@ def _stream(call: Call, generation: Generation, chunks: _Chunks) -> EventStream:
         return b"" if delta is None else chunks.of(delta)
 
     shortcut = Shortcut(generation.outputs, event_of) if generation.ends_with_engine else None
-    return EventStream(_events(call, generation, chunks), shortcut)
+    return EventStream(_events(call, generation, chunks), shortcut, outputs=generation.outputs)
 
 
 async def _events(call: Call, generation: Generation, chunks: _Chunks) -> AsyncGenerator[bytes, None]:

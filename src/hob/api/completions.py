@@ -68,13 +68,16 @@ async def completions(call: Call, raw: bytes) -> Response:
     """Continue each prompt."""
     body = parse_body(raw, CompletionRequest)
     check_neutral(body)
+    call.take_limits(body)
     model = call.services.resolve_model(body.model)
     with_usage = wants_stream_usage(body)
     prompts = await aside(len(raw), lambda: prompts_of(call, body))
     stamp = Stamp("cmpl-", model)
     if body.stream:
         chunks = _Chunks(call, prompts, stamp, with_usage=with_usage)
-        return EventStream(_events(call, prompts, chunks), _shortcut(prompts, chunks))
+        lone = prompts[0].generation if len(prompts) == 1 and not prompts[0].echo else None
+        outputs = None if lone is None else lone.outputs
+        return EventStream(_events(call, prompts, chunks), _shortcut(prompts, chunks), outputs=outputs)
     choices = await call.while_connected(all_of([_whole(call, prompt) for prompt in prompts]))
     fields = stamp.fields("text_completion")
     return json_reply(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from hob.api.services import TextCodec
 from hob.api.stops import StopFinder
-from hob.request import FinishReason, Request, SequenceOutput, Top, Usage
+from hob.request import FinishReason, Place, Request, SequenceOutput, Top, Usage
 from hob.service.backend import Backend
 
 
@@ -57,6 +57,11 @@ class Totals:
     """None: no sequence ran to its end."""
     compute_s: float = 0.0
     """Engine time over all sequences."""
+    place: Place | None = None
+    """Where the request stood when it came, if it had to wait."""
+    is_ttft_met: bool | None = None
+    is_tpot_met: bool | None = None
+    """Whether deadline and limit were kept, where there were any; of several sequences by the last to end."""
 
     def note(self, usage: Usage) -> None:
         """Count what a request's first sequence found in the prefix cache; its siblings share what it computed."""
@@ -68,8 +73,10 @@ class Totals:
         self._times(usage)
         self.decode_s = max(self.decode_s or 0.0, usage.decode_s)
         self.compute_s += usage.compute_s
+        self.is_tpot_met = usage.is_tpot_met
 
     def _times(self, usage: Usage) -> None:
+        self.is_ttft_met = usage.is_ttft_met
         self.queued_s = max(self.queued_s, usage.queued_s)
         self.prefill_s = max(self.prefill_s, usage.prefill_s)
 
@@ -168,6 +175,7 @@ class Generation:
         choice = self.choices[output.index]
         if output.usage is not None and output.index == 0 and not self._is_noted:
             self._is_noted = True
+            self._totals.place = self.outputs.place
             self._totals.note(output.usage)
         if output.finish_reason is not None and output.usage is not None:
             self._totals.close(output.usage)

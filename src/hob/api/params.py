@@ -20,6 +20,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_SAMPLES = 128
 MAX_TOPS = 20
+MAX_LIMIT_MS = 3_600_000.0
 _INT64 = 1 << 63
 
 
@@ -161,6 +162,14 @@ def service_class(field: str | None, header: str | None) -> ServiceClass:
         raise InvalidRequest(
             f"service class '{name}' is unknown. Expected one of: {known}.", param="service_class"
         ) from None
+
+
+def limit_s(body: Sampling, name: str) -> float | None:
+    """A deadline or limit of the body in seconds."""
+    value: float | None = getattr(body, name)
+    if value is not None and not 0 < value <= MAX_LIMIT_MS:
+        raise InvalidRequest(f"field '{name}' is {value:g}. Expected more than 0, up to {MAX_LIMIT_MS:g}.", param=name)
+    return None if value is None else value / 1e3
 
 
 def _number(body: msgspec.Struct, name: str, default: float, low: float, high: float) -> float:

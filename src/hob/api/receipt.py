@@ -6,6 +6,8 @@ seconds   queued, prefill, decode; of several choices the longest
 model     name, quantisation, SHA-256 of the file (null while a file of no known hash is being hashed), adapter
 grammar   whether the output was held to one
 class     interactive, standard or background
+waited    only if it had to wait: how many were ahead when it came, and in how many seconds a first token was expected
+met       only if it asked for a deadline or a limit: whether it was kept
 joules    of the processor, in proportion to the engine time of this reply; only where the machine measures it
 """
 
@@ -48,6 +50,11 @@ def receipt(call: Call) -> dict[str, Any]:
         "grammar": record.has_grammar,
         "class": record.service_class or ServiceClass.STANDARD.name.lower(),
     }
+    if (place := totals.place) is not None:
+        found["waited"] = {"ahead": place.num_ahead, "expected": round(place.first_token_s, 6)}
+    met = {"ttft_deadline": totals.is_ttft_met, "tpot_limit": totals.is_tpot_met}
+    if met := {name: value for name, value in met.items() if value is not None}:
+        found["met"] = met
     joules = _joules(call)
     return found if joules is None else {**found, "joules": joules}
 

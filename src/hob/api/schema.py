@@ -109,6 +109,10 @@ class Sampling(Body, kw_only=True):
     allow_cut: bool | None = None
     """Let a prompt that is too long lose its oldest part; else it is an error."""
     service_class: str | None = None
+    ttft_deadline_ms: float | None = None
+    """The first token is wanted within this time; refused at once if it cannot be had."""
+    tpot_limit_ms: float | None = None
+    """Most time per token after the first, on average."""
     user: str | None = None
 
 

@@ -108,15 +108,23 @@ class Shortcut:
 class EventStream(Response):
     """Whole events from an async generator, and from its `shortcut` if there is one.
 
-    The first event is awaited before the status line is sent, so an error until then still gets its own status.
+    The first event is awaited before the status line is sent, so an error until then still gets its own status. Only
+    where `outputs` say that the request has to wait, its place is sent at once, as a comment that clients pass over:
+
+        : waiting, 3 ahead, first token in about 1.2 s
     """
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], shortcut: Shortcut | None = None, framing: Framing = SSE
+        self,
+        events: AsyncGenerator[bytes, None],
+        shortcut: Shortcut | None = None,
+        framing: Framing = SSE,
+        outputs: Outputs | None = None,
     ) -> None:
         self._events = events
         self._shortcut = shortcut
         self._framing = framing
+        self._outputs = outputs
         super().__init__(
             media_type=framing.media_type, headers={"cache-control": "no-store", "x-accel-buffering": "no"}
         )
@@ -128,17 +136,42 @@ class EventStream(Response):
 
     async def _send(self, send: Send, writer: BodyWriter) -> None:
         async with contextlib.aclosing(self._events) as events:
-            first = await anext(events)
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": first, "more_body": True})
+            first = asyncio.ensure_future(anext(events))
+            try:
+                await self._send_events(events, first, send, writer)
+            finally:
+                await _cancel(first)
+
+    async def _send_events(
+        self, events: AsyncGenerator[bytes, None], first: asyncio.Future[bytes], send: Send, writer: BodyWriter
+    ) -> None:
+        async def part(body: bytes, is_last: bool = False) -> None:
+            await send({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+        comment = await self._comment_before(first)
+        opening = comment or await first
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await part(opening)
+        try:
+            if comment:
+                await part(await first)
             if self._shortcut is not None:
                 self._shortcut.take(writer)
-            try:
-                async for event in events:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-                last = self._framing.done
-            except HobError as error:
-                last = self._framing.error(error)
-            except Exception as error:
-                last = self._framing.error(unexpected(error))
-            await send({"type": "http.response.body", "body": last, "more_body": False})
+            async for event in events:
+                await part(event)
+            last = self._framing.done
+        except HobError as error:
+            last = self._framing.error(error)
+        except Exception as error:
+            last = self._framing.error(unexpected(error))
+        await part(last, is_last=True)
+
+    async def _comment_before(self, first: asyncio.Future[bytes]) -> bytes:
+        """The request's place, if that is known before the first event. Empty: it did not have to wait."""
+        if self._outputs is None:
+            return b""
+        await asyncio.wait((first, self._outputs.placed()), return_when=asyncio.FIRST_COMPLETED)
+        place = self._outputs.place
+        if first.done() or place is None:
+            return b""
+        return b": waiting, %d ahead, first token in about %.1f s\n\n" % (place.num_ahead, place.first_token_s)

@@ -130,9 +130,22 @@ def ps(json: Json = False) -> None:
             f"{app['num_output_tokens']:,}",
             f"{app['compute_s']:.1f}",
             f"{app['last_ttft_s'] * 1000:.0f}",
+            f"{app['wait_s']:.1f}" if app["num_waiting"] else "",
         ]
         for app in report["apps"]
     ]
     print_table(
-        ["app", "running", "waiting", "requests", "prompt tok", "cached", "output tok", "compute s", "TTFT ms"], rows
+        [
+            "app",
+            "running",
+            "waiting",
+            "requests",
+            "prompt tok",
+            "cached",
+            "output tok",
+            "compute s",
+            "TTFT ms",
+            "wait s",
+        ],
+        rows,
     )

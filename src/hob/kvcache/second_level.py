@@ -32,12 +32,30 @@ class SecondLevel(Protocol):
         """A sequence of a context ended; `keys` are its computed full blocks, `tail` the unfinished one if any."""
         ...
 
+    def is_worth_keeping(self, num_tokens: int) -> bool:
+        """Whether writing and reading back so many tokens of a preempted sequence beats computing them again."""
+        ...
+
+    def forget(self, app: str, holder_id: str) -> None:
+        """What was kept of a preempted sequence is wanted no more."""
+        ...
+
 
 class BlockMemory(Protocol):
     """The engine's pool, as far as swapping goes. Called by the loop's thread only."""
 
     def read_block(self, block_id: int) -> bytes: ...
     def write_block(self, block_id: int, data: bytes | memoryview) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Blocks of a preempted sequence that are to be kept on disk. Their bytes are there until the next step."""
+
+    app: str
+    holder_id: str
+    keys: list[Key]
+    block_ids: list[int]
 
 
 @dataclass(eq=False, slots=True)

@@ -2,6 +2,8 @@
 
     a turn ends      its context's full blocks that are not on disk yet are copied between two steps, a few at a time,
                      and written by a thread of their own: ahead of time, so that memory can be taken at no cost later
+    a sequence is    if computing its blocks again would take longer than writing and reading them, they are copied at
+    preempted        once, before the step that overwrites them, and written by the same thread
     a sequence       after the match in memory, the next keys on disk are read by threads into its blocks; it starts
     starts           when they are there, and other sequences run meanwhile. Unless computing them is measured faster.
 
@@ -24,7 +26,7 @@ from dataclasses import dataclass, field
 
 from hob.errors import HobError
 from hob.kvcache.pool import BLOCK_SIZE
-from hob.kvcache.second_level import BlockMemory, Find, Key, Load
+from hob.kvcache.second_level import BlockMemory, Find, Key, Leave, Load
 from hob.kvcache.store import BlockStore, Piece
 
 log = logging.getLogger("hob.swap")
@@ -68,7 +70,7 @@ class Swap:
         self.num_read = self.num_written = self.num_lost = self.num_write_errors = 0
         self.recompute_s = recompute_s
         self._max_queued_bytes = max_queued_bytes
-        self._bytes_per_s = 500e6  # a plain SSD, until measured
+        self._bytes_per_s = self._write_bytes_per_s = 500e6  # a plain SSD, until measured
         self._turns: list[_Turn] = []
         self._queued_bytes = 0
         self._bytes_lock = threading.Lock()
@@ -115,7 +117,31 @@ class Swap:
         every = keys if tail is None else [*keys, tail]
         self._turns.append(_Turn(app, context_id, every, tail, self.store.missing(app, every)))
 
+    def is_worth_keeping(self, num_tokens: int) -> bool:
+        """See SecondLevel. What does not fit the writer's queue is computed again, not waited for."""
+        num_bytes = num_tokens // BLOCK_SIZE * self.store.slot_bytes
+        if self._queued_bytes + num_bytes > self._max_queued_bytes:
+            return False
+        swap_s = num_bytes / self._write_bytes_per_s + num_bytes / self._bytes_per_s
+        return self.recompute_s is None or swap_s < self.recompute_s(0, num_tokens)
+
+    def forget(self, app: str, holder_id: str) -> None:
+        """See SecondLevel."""
+        self._submit(lambda: self.store.drop(app, [holder_id]))
+
     # ---- the loop's side ----
+
+    def leave(self, memory: BlockMemory, leave: Leave) -> None:
+        """Copy a preempted sequence's blocks, those that are not on disk already, and hand them to the writer."""
+        missing = set(self.store.missing(leave.app, leave.keys))
+        blocks = {
+            key: memory.read_block(block_id)
+            for key, block_id in zip(leave.keys, leave.block_ids, strict=True)
+            if key in missing
+        }
+        self._count_queued(len(blocks) * self.store.block_bytes)
+        turn = _Turn(leave.app, leave.holder_id, leave.keys, None, [])
+        self._submit(lambda: self._write(turn, blocks))
 
     def begin(self, load: Load) -> None:
         """Start reading a load's blocks."""
@@ -249,8 +275,13 @@ class Swap:
 
     def _write(self, turn: _Turn, blocks: dict[Key, bytes]) -> None:
         """In the writer's thread."""
+        start = time.perf_counter()
         try:
-            self.num_written += self.store.write(turn.app, turn.context_id, turn.keys, blocks, turn.tail)
+            num_written = self.store.write(turn.app, turn.context_id, turn.keys, blocks, turn.tail)
+            self.num_written += num_written
+            if num_written:
+                speed = num_written * self.store.slot_bytes / max(time.perf_counter() - start, 1e-6)
+                self._write_bytes_per_s += 0.3 * (speed - self._write_bytes_per_s)
         finally:
             self._count_queued(-len(blocks) * self.store.block_bytes)
             os.eventfd_write(self._wake, 1)

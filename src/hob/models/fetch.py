@@ -7,6 +7,7 @@ the growth of the folder they write to is shown.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import logging
@@ -197,11 +198,10 @@ def _failure(command: list[str], errors: str, work: Path, total_bytes: int) -> E
 def _folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder, some of which may vanish meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size if path.is_file() else 0
-        except OSError:
-            continue
+    for parent, _, names in os.walk(folder):  # passes over folders that vanish, where rglob raises
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(parent, name)).st_size
     return total
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MIN_GAIN_S = 0.010
-"""Less than this is not worth it: one gap between tokens."""
+MIN_GAIN_S = 0.025
+"""Less than this is not worth it: whoever waits for a first token hardly notices."""
 
 
 @dataclass(frozen=True, slots=True)

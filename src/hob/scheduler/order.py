@@ -4,6 +4,8 @@ A deadline counts while it can still be met, once the time left is little more t
 forward only what the app is owed anyway: an app that is `MAX_LEAD_S` of compute ahead of the one that has had least
 goes by its class, so that nobody runs first by stating deadlines.
 
+Within a class a sequence that is kept (see placement.py) goes first, so that it ends soon and another can be.
+
 Strict classes could starve the least of them; so a class that has had no row for `STARVED_AFTER_S` while it had work
 goes first once.
 """
@@ -20,7 +22,7 @@ DUE_FACTOR = 2.0
 """A deadline counts from this many times the time that is needed before it on."""
 MAX_LEAD_S = 1.0
 
-Key = tuple[bool, float, int, float, float, int]
+Key = tuple[bool, float, int, bool, float, float, int]
 NOT_DUE = float("inf")
 
 
@@ -82,6 +84,7 @@ class Order:
             not self.is_starved(sequence),
             NOT_DUE if request.ttft_deadline_s is None else self._due(sequence, request.ttft_deadline_s, is_pressing),
             request.service_class,
+            not sequence.is_kept,
             self.fairness.clock(request.app),
             sequence.arrival_s,
             sequence.index,

@@ -6,7 +6,11 @@
 
 Running means holding blocks, not having rows in every step: a sequence that is passed over is paused and keeps its KV.
 Only memory makes it give them up. Equals do not push each other out; a more urgent class may. Within a step, sequences
-that already have their rows (`planned`) are spared.
+that already have their rows (`planned`) are spared. One sequence of each class that has been pushed out before, or
+whose class was starved, keeps its blocks to its end (`is_kept`): else it could be pushed out again and again.
+
+A sequence that is preempted has its full blocks in the prefix cache, for as long as nobody needs them. Where there is a
+disk tier and writing and reading are measured to take less than computing, they are kept there too (`take_leaves`).
 
 Where there is a disk tier (`second`), a sequence that starts may find more of its prefix there: it then holds blocks
 and waits, loading, until `loaded` says how many of them came.
@@ -19,7 +23,7 @@ from dataclasses import dataclass
 
 from hob.kvcache.pool import BLOCK_SIZE, num_blocks_for
 from hob.kvcache.prefix import PrefixCache
-from hob.kvcache.second_level import Load, SecondLevel
+from hob.kvcache.second_level import Leave, Load, SecondLevel
 from hob.request import Sequence
 from hob.scheduler.order import Order
 
@@ -56,6 +60,7 @@ class Placement:
         self._second = second if has_prefix_cache else None
         self._loads: dict[Load, Sequence] = {}
         self._new_loads: list[Load] = []
+        self._leaves: list[Leave] = []
 
     def num_cached(self, sequence: Sequence) -> int:
         """Tokens of a waiting sequence that the prefix cache has now."""
@@ -68,7 +73,11 @@ class Placement:
         if sequence.leader is not None and not sequence.leader.is_finished:
             return False
         request = sequence.request
+        is_first_kept = not any(s.is_kept and s.request.service_class is request.service_class for s in self.running)
+        is_owed = self._order.is_starved(sequence)
         less_urgent = [s for s in self.running if self._order.may_preempt(sequence, s)]
+        if is_owed and not is_first_kept:
+            less_urgent = []  # it would be pushed out in its turn; the one that is kept goes on instead
         if len(self.running) >= self._max_running and not less_urgent:
             return False
         max_cached = min(sequence.first_wanted_row, sequence.num_tokens - 1)
@@ -84,11 +93,12 @@ class Placement:
             sequence.usage.num_cached_tokens = sequence.num_computed_tokens
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        sequence.is_kept = self._order.is_starved(sequence) and not any(
-            s.is_kept and s.request.service_class is request.service_class for s in self.running
-        )
+        sequence.is_kept = is_first_kept and (sequence.was_preempted or is_owed)
         if self._second is not None:
             self._start_load(sequence, self._second, max_cached)
+        # All of them now: who is half way through its prompt must not find the rest taken by who came later.
+        num_missing = num_blocks_for(sequence.num_needed_tokens) - len(sequence.block_table)
+        sequence.block_table = sequence.block_table + self.pool.allocate(max(num_missing, 0))
         return True
 
     def _start_load(self, sequence: Sequence, second: SecondLevel, max_tokens: int) -> None:
@@ -148,6 +158,11 @@ class Placement:
         loads, self._new_loads = self._new_loads, []
         return [load for load in loads if not load.is_cancelled]
 
+    def take_leaves(self) -> list[Leave]:
+        """Blocks to be copied before the next step overwrites them."""
+        leaves, self._leaves = self._leaves, []
+        return leaves
+
     def keep_context(self, sequence: Sequence) -> None:
         """A turn of a persistent context ends: its computed blocks, an unfinished one too, go to disk ahead of time."""
         app, context_id = sequence.request.app, sequence.request.context_id
@@ -205,14 +220,26 @@ class Placement:
             self.running.append(sibling)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's blocks back; it waits and is computed again."""
+        """Take a running sequence's blocks back; it waits, and what is lost then is read or computed again."""
+        if self._second is not None and not sequence.is_loading:
+            self._leave(sequence, self._second)
         self._release(sequence)
         self.running.remove(sequence)
         self.waiting.append(sequence)
+        sequence.was_preempted = True
         self.num_preemptions += 1
+
+    def _leave(self, sequence: Sequence, second: SecondLevel) -> None:
+        num_full = sequence.num_computed_tokens // BLOCK_SIZE
+        if num_full and second.is_worth_keeping(num_full * BLOCK_SIZE):
+            sequence.is_left = True
+            keys, block_ids = sequence.block_keys[:num_full], sequence.block_table[:num_full]
+            self._leaves.append(Leave(sequence.request.app, _holder_id(sequence), keys, block_ids))
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence has ended."""
+        if self._second is not None and sequence.is_left:
+            self._second.forget(sequence.request.app, _holder_id(sequence))
         self._release(sequence)
         (self.running if sequence in self.running else self.waiting).remove(sequence)
 
@@ -251,3 +278,8 @@ class Placement:
         self.pool.free(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
+
+
+def _holder_id(sequence: Sequence) -> str:
+    """The name under which the disk keeps a preempted sequence's blocks; no context's looks like it."""
+    return f"preempted/{sequence.request.request_id}/{sequence.index}"

@@ -73,6 +73,8 @@ class Plan:
     work: Work = field(default_factory=Work)
     urgent: Work = field(default_factory=Work)
     """The part of interactive sequences: what the step would be without the others."""
+    num_urgent: int = 0
+    """Interactive sequences in it."""
     pace_s: float = float("inf")
     """Most seconds that a stream in it allows by its limit."""
     planned: set[int] = field(default_factory=set)
@@ -88,6 +90,7 @@ class Plan:
         self.work = self.work.plus(start, num_rows)
         if sequence.request.service_class is ServiceClass.INTERACTIVE:
             self.urgent = self.urgent.plus(start, num_rows)
+            self.num_urgent += 1
         if sequence.request.tpot_limit_s is not None and sequence.first_token_s is not None:
             self.pace_s = min(self.pace_s, PACE_MARGIN * sequence.request.tpot_limit_s)
 
@@ -134,6 +137,8 @@ class Scheduler:
         self._requests: dict[str, list[Sequence]] = {}
         self._apps: dict[str, AppStats] = {}
         self._stats = Stats(num_blocks=num_blocks)
+        self._num_short = 0
+        """Steps of interactive streams since the last that lent its time to lesser classes."""
         self._is_spared = False
         """A step was abandoned: the next one without interactive rows runs to its end."""
 
@@ -214,6 +219,7 @@ class Scheduler:
         self._plan_others(plan)
         if not plan.chunks:
             return None
+        self._count_short(plan)
         for chunk in plan.chunks:
             self.order.served(chunk.sequence.request.service_class)
             if chunk.sequence.first_step_s is None:
@@ -340,12 +346,25 @@ class Scheduler:
         if self.order.is_starved(sequence):
             budget_s += spent_s  # once a second; less than one gap in twenty of a stream
         else:
-            if plan.urgent.num_rows and sequence.request.service_class is not ServiceClass.INTERACTIVE:
-                budget_s = min(budget_s, self.config.urgent_stretch * self.cost.step_s(plan.urgent))
+            if sequence.request.service_class is not ServiceClass.INTERACTIVE and not self._lends(plan):
+                budget_s = min(budget_s, self._short_s(plan))
             budget_s = min(budget_s, plan.pace_s)
         max_rows = self.config.max_step_tokens - plan.work.num_rows
         num_rows = self.cost.rows_within(budget_s - spent_s, sequence.num_computed_tokens, max_rows)
         return max(num_rows, 0 if plan.chunks else 1)
+
+    def _short_s(self, plan: Plan) -> float:
+        """Most seconds of a step for the sake of its interactive rows."""
+        return self.config.urgent_stretch * self.cost.step_s(plan.urgent) if plan.num_urgent else float("inf")
+
+    def _lends(self, plan: Plan) -> bool:
+        """Whether the step is the one of `lend_every` whose time lesser classes may use. A first token never waits."""
+        is_turn = 0 < self.config.lend_every <= self._num_short + 1
+        return is_turn and plan.urgent.num_rows == plan.num_urgent
+
+    def _count_short(self, plan: Plan) -> None:
+        is_short = plan.num_urgent and self.cost.step_s(plan.work) <= self._short_s(plan)
+        self._num_short = self._num_short + 1 if is_short else 0
 
     # ---- what it meant ----
 
@@ -368,6 +387,8 @@ class Scheduler:
         is_first = sequence.first_token_s is None
         if is_first:
             sequence.first_token_s = now
+            if request.ttft_deadline_s is not None:
+                sequence.usage.is_ttft_met = now - sequence.arrival_s <= request.ttft_deadline_s
             self._app(request.app).last_ttft_s = now - sequence.arrival_s
         sampling = request.sampling
         if result.token_id in sampling.stop_token_ids:
@@ -422,8 +443,7 @@ class Scheduler:
         """Say in the receipt whether deadline and limit were met."""
         request, usage = sequence.request, sequence.usage
         if request.ttft_deadline_s is not None:
-            first_s = sequence.first_token_s
-            usage.is_ttft_met = first_s is not None and first_s - sequence.arrival_s <= request.ttft_deadline_s
+            usage.is_ttft_met = bool(usage.is_ttft_met)
             self._stats.num_deadlines += 1
             self._stats.num_deadlines_missed += not usage.is_ttft_met
         if request.tpot_limit_s is not None:

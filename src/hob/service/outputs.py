@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 
 from hob.errors import EngineUnavailable, HobError, error_from_name
-from hob.request import FinishReason, Request, SequenceOutput
+from hob.request import FinishReason, Place, Request, SequenceOutput
 
 Sink = Callable[[SequenceOutput], bool]
 """Takes an output, or says False: then it comes through the iterator."""
@@ -39,9 +39,17 @@ class Outputs:
         self._items: deque[SequenceOutput | Exception] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._sink: Sink | None = None
+        self.place: Place | None = None
+        """Where the request stood when it came, if it had to wait."""
+        self._placed: asyncio.Future[None] | None = None
 
     def put(self, item: SequenceOutput | Exception) -> None:
         """Deliver an output, or the error that ends the request. From the event loop's thread."""
+        if isinstance(item, SequenceOutput) and item.place is not None:
+            self.place = item.place
+            if self._placed is not None and not self._placed.done():
+                self._placed.set_result(None)
+            return
         waiter = self._waiter
         if waiter is None or waiter.done():  # the reader is still at work on what came before
             self._items.append(item)
@@ -59,6 +67,11 @@ class Outputs:
 
         self._begin = gated
         return self
+
+    def placed(self) -> asyncio.Future[None]:
+        """Done when it is known that the request has to wait; never if it has not."""
+        self._placed = asyncio.get_running_loop().create_future()
+        return self._placed
 
     def divert(self, sink: Sink) -> None:
         """From now on, offer outputs to `sink` first whenever the reader waits; but not the last of a sequence."""

@@ -32,6 +32,8 @@ def run_step(
         pump(engine, scheduler, swap)
     plan = scheduler.schedule(start)
     if swap is not None:
+        for leave in scheduler.placement.take_leaves():
+            swap.leave(engine, leave)
         for load in scheduler.placement.take_loads():
             swap.begin(load)
     if plan is None:
