@@ -3,22 +3,28 @@
     python benchmarks/qos.py --model M.gguf --llama-server PATH --llama-file M.Q4_0.gguf [--json]
 
 The interactive app sends 30 tokens, reads 64, thinks for a second. Each background app prefills 1,500 tokens and reads
-64, without pause. Prompts are random ids from a fixed seed, so no cache helps anyone. Phases: interactive alone,
-background alone, both; then, ours only, four equal apps with prompts of 50 to 2,000 tokens, for Jain's index of the
-compute time that the service attributes to them in each window of 5 s.
+64, without pause. Prompts are random ids from a fixed seed, so no cache helps anyone. A round is: interactive alone,
+background alone, both; several rounds, so that a machine whose speed drifts drifts in all three. Then, ours only, four
+equal apps with prompts of 50 to 2,000 tokens, for Jain's index of the compute time that the service attributes to them,
+in the worst window of 5 s. The peer runs at its best n_batch, found by a short trial of each, for a bounded time.
 
     ttft_p95_ratio   p95 time to first token beside the others, over the same alone
     itl_p95_ratio    the same of the gaps between tokens
     background_share background tokens per second with the interactive app, over without
+
+With --json exactly these are printed; without it a table of all that was measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
+import contextlib
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -41,6 +47,10 @@ NUM_APPS = 4
 NUM_IN, NUM_OUT, THINK_S = 30, 64, 1.0
 BACKGROUND_IN, BACKGROUND_OUT = 1500, 64
 WARM_UP_S = 5.0
+ROUNDS = 4
+CLOSING_S = 30.0
+"""Longest wait for the first token of a prompt that is being read when a window ends."""
+JSON_KEYS = ("ttft_p95_ms", "ttft_p95_ratio", "itl_p95_ratio", "background_share", "jain")
 NO_STOP = {"0": -100, "1": -100, "2": -100}
 """Bias against the end tokens: every reply has its full length."""
 
@@ -51,8 +61,41 @@ class Load:
 
     ttft_s: list[float] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)
-    num_tokens: int = 0
-    """Prompt and output tokens; a prompt counts when its first token comes."""
+    marks: list[tuple[float, int]] = field(default_factory=list)
+    """(when, tokens so far), prompt and output: at each submission, at each token, in order."""
+
+    def add(self, now: float, num_tokens: int) -> None:
+        """So many more tokens are through."""
+        self.marks.append((now, (self.marks[-1][1] if self.marks else 0) + num_tokens))
+
+    def tokens_at(self, when: float) -> float:
+        """Tokens until then; a prompt is taken to be read evenly between its submission and its first token."""
+        after = bisect.bisect_left(self.marks, (when, 0))
+        if after in (0, len(self.marks)):
+            return float(self.marks[after - 1][1]) if after else 0.0
+        (a, low), (b, high) = self.marks[after - 1], self.marks[after]
+        return low + (high - low) * (when - a) / max(b - a, 1e-9)
+
+
+@dataclass
+class Window:
+    """Background tokens over a stretch of time."""
+
+    num_tokens: float = 0.0
+    seconds: float = 0.0
+
+    async def take(self, loads: list[Load], start: float, end: float) -> None:
+        """Add what the apps got between two moments."""
+        last = time.perf_counter() + CLOSING_S
+        while min(load.marks[-1][0] if load.marks else 0.0 for load in loads) < end and time.perf_counter() < last:
+            await asyncio.sleep(0.05)
+        self.num_tokens += sum(load.tokens_at(end) - load.tokens_at(start) for load in loads)
+        self.seconds += end - start
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return self.num_tokens / self.seconds
 
 
 async def stream(address: str, app: str, klass: str, prompt: list[int], num_out: int, load: Load) -> None:
@@ -60,16 +103,17 @@ async def stream(address: str, app: str, klass: str, prompt: list[int], num_out:
     body = {"model": "", "prompt": prompt, "max_tokens": num_out, "stream": True, "temperature": 0}
     last = start = time.perf_counter()
     is_first = True
+    load.add(start, 0)
 
     def note(count: int, now: float) -> None:
         nonlocal last, is_first
         if is_first:
             load.ttft_s.append(now - start)
-            load.num_tokens += len(prompt)
+            load.add(now, len(prompt))
             is_first = False
         else:
             load.gaps_s.append(now - last)
-        load.num_tokens += count
+        load.add(now, count)
         last = now
 
     headers = {"X-Hob-App": app, "X-Hob-Class": klass}
@@ -81,13 +125,13 @@ def random_prompt(rng: random.Random, num_tokens: int) -> list[int]:
     return rng.choices(range(100, VOCAB_SIZE - 1000), k=num_tokens)
 
 
-async def interactive(address: str, num_samples: int, max_s: float) -> Load:
-    """The person: ask, read, think."""
-    rng, load, end = random.Random(1), Load(), time.perf_counter() + max_s
-    while len(load.ttft_s) < num_samples and time.perf_counter() < end:
-        await stream(address, "chat", "interactive", random_prompt(rng, NUM_IN), NUM_OUT, load)
-        await asyncio.sleep(THINK_S)
-    return load
+async def interactive(address: str, load: Load, rng: random.Random, num_samples: int, max_s: float) -> None:
+    """The person: ask, read, think; for so many replies or so long, whatever comes first."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(max_s):
+            for _ in range(num_samples):
+                await stream(address, "chat", "interactive", random_prompt(rng, NUM_IN), NUM_OUT, load)
+                await asyncio.sleep(THINK_S)
 
 
 async def saturate(address: str, app: int, load: Load, length: Callable[[random.Random], int]) -> None:
@@ -120,29 +164,34 @@ def p95(values: list[float]) -> float:
     return sorted(values)[min(int(0.95 * len(values)), len(values) - 1)]
 
 
-async def measure(address: str, num_samples: int, max_s: float, alone_s: float) -> dict[str, Any]:
-    """The three phases on one server."""
-    await interactive(address, 3, 30)
-    alone = await interactive(address, max(num_samples // 4, 20), max_s)
-    async with background(address, lambda rng: BACKGROUND_IN) as loads:
-        before, start = sum(load.num_tokens for load in loads), time.perf_counter()
-        await asyncio.sleep(alone_s)
-        undisturbed = (sum(load.num_tokens for load in loads) - before) / (time.perf_counter() - start)
-    await asyncio.sleep(2)
-    async with background(address, lambda rng: BACKGROUND_IN) as loads:
-        before, start = sum(load.num_tokens for load in loads), time.perf_counter()
-        beside = await interactive(address, num_samples, max_s)
-        disturbed = (sum(load.num_tokens for load in loads) - before) / (time.perf_counter() - start)
+async def measure(address: str, num_samples: int, max_s: float, alone_s: float, rounds: int) -> dict[str, Any]:
+    """Interactive alone, background alone, both, in rounds on one server. max_s: for the phases with both."""
+    rng = random.Random(1)
+    await interactive(address, Load(), rng, 2, 30)
+    alone, beside, undisturbed, disturbed = Load(), Load(), Window(), Window()
+    for _ in range(rounds):
+        await interactive(address, alone, rng, max(num_samples // 4, 20) // rounds, max_s / rounds)
+        async with background(address, lambda rng: BACKGROUND_IN) as loads:
+            start = time.perf_counter()
+            await asyncio.sleep(alone_s / rounds)
+            await undisturbed.take(loads, start, start + alone_s / rounds)
+            start = time.perf_counter()
+            await interactive(address, beside, rng, num_samples // rounds, max_s / rounds)
+            await disturbed.take(loads, start, time.perf_counter() - 0.001)
+        await asyncio.sleep(1)
     return {
         "num_samples": len(beside.ttft_s),
         "ttft_p95_ms": round(p95(beside.ttft_s) * 1e3, 1),
+        "ttft_p50_ms": round(statistics.median(beside.ttft_s) * 1e3, 1),
         "ttft_alone_p95_ms": round(p95(alone.ttft_s) * 1e3, 1),
         "ttft_p95_ratio": round(p95(beside.ttft_s) / p95(alone.ttft_s), 3),
         "itl_p95_ms": round(p95(beside.gaps_s) * 1e3, 2),
+        "itl_p50_ms": round(statistics.median(beside.gaps_s) * 1e3, 2),
         "itl_alone_p95_ms": round(p95(alone.gaps_s) * 1e3, 2),
+        "itl_alone_p50_ms": round(statistics.median(alone.gaps_s) * 1e3, 2),
         "itl_p95_ratio": round(p95(beside.gaps_s) / p95(alone.gaps_s), 3),
-        "background_tok_s": round(undisturbed, 1),
-        "background_share": round(disturbed / undisturbed, 3),
+        "background_tok_s": round(undisturbed.speed, 1),
+        "background_share": round(disturbed.speed / undisturbed.speed, 3),
     }
 
 
@@ -189,6 +238,16 @@ async def server(command: list[str], address: str, env: dict[str, str] | None = 
         process.wait(20)
 
 
+async def peer(
+    args: argparse.Namespace, n_batch: int, num_samples: int, max_s: float, alone_s: float, rounds: int
+) -> dict[str, Any]:
+    """One measurement of llama.cpp's server."""
+    command = [args.llama_server, "-m", args.llama_file or args.model, "-np", "8", "-c", str(8 * 4096)]
+    command += ["-b", str(n_batch), "-ub", str(min(n_batch, 512)), "-t", "2", "--port", "11498", "--no-webui"]
+    async with server(command, "127.0.0.1:11498"):
+        return await measure("127.0.0.1:11498", num_samples, max_s, alone_s, rounds)
+
+
 async def run(args: argparse.Namespace) -> dict[str, Any]:
     """Ours, then the peer."""
     result: dict[str, Any] = {"machine": machine.describe(), "peer": {}}
@@ -197,16 +256,13 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         address = "127.0.0.1:11499"
         hob = [sys.executable, "-m", "hob.cli.main", "serve", "--model", args.model, "--port", "11499"]
         async with server([*hob, "--socket", f"{runtime}/hob.sock"], address):
-            result["ours"] = await measure(address, args.samples, args.max_s, args.alone_s)
+            result["ours"] = await measure(address, args.samples, args.max_s, args.alone_s, args.rounds)
             result["ours"]["jain"] = await jain(address, args.alone_s)
     if args.llama_server:
-        for n_batch in args.llama_batches:
-            command = [args.llama_server, "-m", args.llama_file or args.model, "-np", "8", "-c", str(8 * 4096)]
-            command += ["-b", str(n_batch), "-ub", str(min(n_batch, 512)), "-t", "2", "--port", "11498", "--no-webui"]
-            async with server(command, "127.0.0.1:11498"):
-                peer = await measure("127.0.0.1:11498", args.samples, args.peer_s, args.alone_s)
-            if not result["peer"] or peer["ttft_p95_ms"] < result["peer"]["ttft_p95_ms"]:
-                result["peer"] = {"n_batch": n_batch, **peer}
+        trials = {n_batch: await peer(args, n_batch, 20, args.trial_s, 10, 1) for n_batch in args.llama_batches}
+        best = min(trials, key=lambda n_batch: float(trials[n_batch]["itl_p95_ms"]))
+        measured = await peer(args, best, args.samples, args.peer_s, args.alone_s, 1)
+        result["peer"] = {"n_batch": best, **measured}
     result["steal"] = round(before.steal_share_since(), 4)
     return result
 
@@ -231,13 +287,18 @@ def main() -> None:
         "--llama-batches", type=int, nargs="*", default=[64, 256, 2048], help="n_batch; the best counts"
     )
     parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--max-s", type=float, default=900.0, help="most seconds of one interactive phase")
-    parser.add_argument("--peer-s", type=float, default=240.0, help="the same for the peer")
-    parser.add_argument("--alone-s", type=float, default=60.0, help="seconds of the background phase and of Jain's")
+    parser.add_argument("--max-s", type=float, default=900.0, help="most seconds of the phase with both")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--peer-s", type=float, default=240.0, help="most seconds of the peer's phase with both")
+    parser.add_argument("--trial-s", type=float, default=30.0, help="the same in the trial of each n_batch")
+    parser.add_argument("--alone-s", type=float, default=60.0, help="seconds of background alone, and of Jain's")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     result = asyncio.run(run(args))
-    print(json.dumps(result)) if args.json else print_table(result)
+    if args.json:
+        print(json.dumps({who: {k: v for k, v in result[who].items() if k in JSON_KEYS} for who in ("ours", "peer")}))
+    else:
+        print_table(result)
 
 
 if __name__ == "__main__":
