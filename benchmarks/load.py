@@ -2,11 +2,10 @@
 
 python benchmarks/load.py --model smollm2-135m [--clients 200] [--seconds 300] [--json]
 
-So many programs stream chat replies without pause, each over a connection of its own that it keeps, as OpenAI's clients
-do; a request is dropped when its stream does not end as it should, with a finish reason and [DONE]. The CPU time is
-that of the API process; the engine is another process. Two loads tell requests and tokens apart: replies of --tokens
-tokens for most of the time, then of one token. With r seconds a request and t a token, cpu = r x requests + t x tokens
-in both.
+So many programs stream chat replies without pause, each over a connection of its own for each request; one is dropped
+when its stream does not end as it should, with a finish reason and [DONE]. The CPU time is that of the API process; the
+engine is another process. Two loads tell requests and tokens apart: replies of --tokens tokens for most of the time,
+then of one token. With r seconds a request and t a token,  cpu = r x requests + t x tokens  in both.
 """
 
 from __future__ import annotations
@@ -21,7 +20,9 @@ from typing import Any
 import machine
 from service import NO_STOP, Daemon, cpu_s
 
-HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HEAD = (
+    "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+)
 
 
 @dataclass
@@ -35,10 +36,7 @@ class Tally:
     """Of the first that was dropped."""
 
 
-Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-
-async def one(connection: Connection, index: int, max_tokens: int, tally: Tally) -> None:
+async def one(socket: str, index: int, max_tokens: int, tally: Tally) -> None:
     """One streamed reply, read to its end."""
     body = {
         "model": "default",
@@ -48,11 +46,14 @@ async def one(connection: Connection, index: int, max_tokens: int, tally: Tally)
         "logit_bias": NO_STOP,
     }
     payload = json.dumps(body).encode()
-    reader, writer = connection
-    writer.write(f"{HEAD}X-Hob-App: load{index % 8}\r\nContent-Length: {len(payload)}\r\n\r\n".encode() + payload)
-    data = bytearray()
-    while not data.endswith(b"0\r\n\r\n") and (piece := await reader.read(65536)):
-        data += piece
+    reader, writer = await asyncio.open_unix_connection(socket)
+    try:
+        writer.write(f"{HEAD}X-Hob-App: load{index % 8}\r\nContent-Length: {len(payload)}\r\n\r\n".encode() + payload)
+        data = bytearray()
+        while piece := await reader.read(65536):
+            data += piece
+    finally:
+        writer.close()
     tally.requests += 1
     if b" 200 OK" not in data[:20] or b'"finish_reason":"length"' not in data or b"data: [DONE]" not in data:
         tally.dropped += 1
@@ -66,14 +67,12 @@ async def load(socket: str, clients: int, seconds: float, max_tokens: int) -> Ta
     tally, end = Tally(), time.perf_counter() + seconds
 
     async def client(index: int) -> None:
-        connection = await asyncio.open_unix_connection(socket)
-        try:
-            while time.perf_counter() < end:
-                await one(connection, index, max_tokens, tally)
-        except OSError as error:
-            tally.dropped += 1
-            tally.fault = tally.fault or repr(error)
-        connection[1].close()
+        while time.perf_counter() < end:
+            try:
+                await one(socket, index, max_tokens, tally)
+            except OSError as error:
+                tally.dropped += 1
+                tally.fault = tally.fault or repr(error)
 
     await asyncio.gather(*(client(i) for i in range(clients)))
     return tally

@@ -12,6 +12,7 @@ from hob.api.app import GETS, POSTS
 from hob.cli.main import app
 from hob.cli.settings_page import settings_page
 from hob.config import Config
+from hob.service.policy import read_policy
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -55,6 +56,19 @@ def test_links_lead_to_files(document: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), f"{document} links to {target}"
+
+
+def test_every_test_that_the_security_page_names_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "security.md").read_text())
+    assert len(named) > 10
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
+
+
+def test_the_policy_pages_example_is_right(tmp_path: Path) -> None:
+    example = (ROOT / "docs" / "policy.md").read_text().split("```toml\n")[1].split("```")[0]
+    (tmp_path / "policy.toml").write_text(example)
+    assert len(read_policy(tmp_path / "policy.toml").app) == 2
 
 
 def test_the_architecture_has_eight_steps_and_every_package() -> None:

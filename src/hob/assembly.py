@@ -22,6 +22,7 @@ from hob.errors import ConfigError, HobError
 if TYPE_CHECKING:
     import uvicorn
 
+    from hob.api.app_sockets import AppSockets
     from hob.api.services import ChatCodec, TextCodec
     from hob.kvcache.contexts import ContextStore
     from hob.messages import Vocabulary
@@ -165,12 +166,19 @@ def _open_contexts(config: Config, policy: Policy) -> ContextStore | None:
 
 
 def make_server(
-    config: Config, handle: EngineHandle, chosen: Chosen, created: int, grace_s: int, tick: Callable[[float], None]
-) -> uvicorn.Server:
+    config: Config,
+    handle: EngineHandle,
+    chosen: Chosen,
+    created: int,
+    grace_s: int,
+    tick: Callable[[float], None],
+    passed: list[socket.socket],
+) -> tuple[uvicorn.Server, AppSockets]:
     """Import and build the API, which takes most of a second: meant for a thread while the engine process loads.
 
     created: Unix time of the daemon's start. grace_s: how long it waits for requests when it is told to stop.
-    tick: called about once a second with how many seconds nobody has asked for anything.
+    tick: called about once a second with how many seconds nobody has asked for anything. passed: sockets of single
+    apps from a predecessor.
     """
     import uvicorn
 
@@ -223,7 +231,7 @@ def make_server(
     conditions = Conditions(lambda: policy.file.background)
     contexts = _open_contexts(config, policy)
     apps = Apps(config.paths.home / "apps.json")
-    app_sockets = AppSockets(config.app_sockets_dir, lambda app: server.make_protocol(app))
+    app_sockets = AppSockets(config.app_sockets_dir, lambda app: server.make_protocol(app), passed)
     audit = AuditLog(config.audit_dir, lambda: policy.file.audit)
     services = Services(
         GatedBackend(handle, policy, conditions, contexts),
@@ -255,4 +263,4 @@ def make_server(
             timeout_graceful_shutdown=grace_s,
         )
     )
-    return server
+    return server, app_sockets

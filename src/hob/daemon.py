@@ -32,6 +32,7 @@ from hob.rundir import DaemonState, RunDir, bind_tcp, check_loopback
 if TYPE_CHECKING:
     import uvicorn
 
+    from hob.api.app_sockets import AppSockets
     from hob.service.handle import EngineHandle
 
 log = logging.getLogger("hob.daemon")
@@ -53,6 +54,9 @@ class Daemon:
         self._handle: EngineHandle | None = None
         self._server: uvicorn.Server | None = None
         self._starting: asyncio.Task[uvicorn.Server] | None = None
+        self._app_sockets: AppSockets | None = None
+        self._passed: list[socket.socket] = []
+        """Sockets of single apps that a predecessor had."""
         self._is_restarting = False
         self._watchdog_due = 0.0
 
@@ -85,6 +89,7 @@ class Daemon:
         else:
             self.rundir.lock()
         self._sockets.append(inherited.unix or self.rundir.bind())
+        self._passed = inherited.rest
         tcp = inherited.tcp or bind_tcp(self.config.server.host, self.config.server.port)
         check_loopback(tcp)
         self._sockets.append(tcp)
@@ -107,8 +112,9 @@ class Daemon:
         self._handle = handle = make_engine(self.config, chosen)
         engine = asyncio.create_task(handle.start())
         try:
-            server = await asyncio.to_thread(
-                make_server, self.config, handle, chosen, int(self.started), GRACE_S + FAREWELL_S, self._tick
+            grace_s = GRACE_S + FAREWELL_S
+            server, self._app_sockets = await asyncio.to_thread(
+                make_server, self.config, handle, chosen, int(self.started), grace_s, self._tick, self._passed
             )
             await engine
         finally:
@@ -133,7 +139,8 @@ class Daemon:
     def execute_anew(self) -> None:
         """After `run`: if a restart was asked for, become the program as it is installed now, with lock and sockets."""
         if self._is_restarting:
-            systemd.hand_over(self.rundir.lock_fd, self._sockets, self.rundir.is_own_socket)
+            passed = self._sockets + (self._app_sockets.listeners if self._app_sockets else [])
+            systemd.hand_over(self.rundir.lock_fd, passed, self.rundir.is_own_socket)
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
     def _tick(self, idle_s: float) -> None:

@@ -32,7 +32,7 @@ class Inherited:
     is_own: bool = False
     """The predecessor made the Unix socket itself, so it goes when the service ends."""
     rest: list[socket.socket] = field(default_factory=list)
-    """Sockets of no kind that is used here."""
+    """All after the first of each kind: of a predecessor, the sockets of single apps."""
 
 
 def inherit(environ: MutableMapping[str, str] = os.environ, pid: int | None = None) -> Inherited:

@@ -20,7 +20,7 @@ from tests.daemons import Daemon, hob, running
 
 SHOTS = Path(__file__).resolve().parents[2] / "build" / "screenshots"
 SIZES = {"desk": (1280, 900), "phone": (390, 844)}
-TIMEOUT_MS = 20_000
+TIMEOUT_MS = 60_000
 LOAD = [("notes", "interactive", 1), ("summaries", "background", 30), ("mail", "standard", 8)]
 
 

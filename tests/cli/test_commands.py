@@ -51,6 +51,29 @@ def test_each_help_teaches_with_an_example(command: str, tmp_path: Path) -> None
     assert f"hob {command}" in body.split("\n", 2)[2] or command in ("stop", "rm", "list"), body
 
 
+def test_top_draws_what_json_says(daemon: Daemon) -> None:
+    with daemon.client() as client:
+        client.chat("Hello", max_tokens=2)
+    shown = hob(daemon.home, "top", "--once").stdout
+    state = json.loads(hob(daemon.home, "top", "--json").stdout)
+    assert state["models"][0]["is_loaded"]
+    assert all(each["app"][:6] in shown for each in state["apps"])
+    assert "memory" in shown
+    assert "KV in use" in shown
+
+
+def test_every_line_of_a_json_log_is_an_object() -> None:
+    with running(log_json="true") as daemon:
+        with daemon.client() as client:
+            client.chat("Hello", max_tokens=2)
+        until(lambda: "/v1/chat/completions" in daemon.log, "the line")
+        lines = [json.loads(line) for line in daemon.log.splitlines()]
+    assert {line["logger"].split(".")[1] for line in lines} >= {"daemon", "engine", "api"}
+    (asked,) = [line for line in lines if line.get("endpoint") == "POST /v1/chat/completions"]
+    assert (asked["status"], asked["class"], asked["output_tokens"]) == (200, "standard", 2)
+    assert asked["ttft_ms"] <= asked["ms"]
+
+
 def test_a_typo_is_answered_with_the_command_that_was_meant(tmp_path: Path) -> None:
     done = hob(tmp_path, "srve")
     assert done.returncode == 2

@@ -200,6 +200,8 @@ def test_a_socket_is_an_app_whatever_it_says_of_itself(daemon: Daemon) -> None:
         assert inside.post("/v1/chat/completions", json=CHAT).status_code == 200
         for path_of_owner in ("/hob/v1/overview", "/hob/v1/apps", "/metrics"):
             assert inside.get(path_of_owner).status_code == 403
+        until(lambda: inside.get("/hob/v1/stats").json()["stats"]["apps"], "its own figures")
+        assert {app["app"] for app in inside.get("/hob/v1/stats").json()["stats"]["apps"]} == {"socket:browser/cli"}
         with daemon.client() as client:
             until(lambda: "socket:browser/cli" in {app["app"] for app in client.stats()["stats"]["apps"]}, "the app")
             client.remove_app("socket", "browser")

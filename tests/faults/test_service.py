@@ -89,22 +89,25 @@ def test_the_first_connection_starts_it_and_idle_time_ends_it(home: Path) -> Non
 
 
 def test_a_restart_refuses_no_connection(home: Path) -> None:
-    """Clients connect anew for each request all the while, on both sockets; after it another process image answers."""
+    """Clients connect anew for each request all the while, on each kind of socket; the program that answers changes."""
     with Daemon(home).wait_ready() as daemon:
-        state, stop, failures, counts = daemon.state, threading.Event(), [], [0, 0]
+        state, stop, failures, counts = daemon.state, threading.Event(), [], [0, 0, 0]
+        with daemon.client() as client:
+            own = client.add_app("sandbox", "socket")["path"]
+        sockets = [daemon.rundir.socket_path, None, own]
         engine = daemon.engine_pid
 
         def ask(which: int) -> None:
-            base_url = f"http://127.0.0.1:{state.port}" if which else None
+            base_url = None if sockets[which] else f"http://127.0.0.1:{state.port}"
             while not stop.is_set():
                 try:
-                    with Client(None if which else daemon.rundir.socket_path, base_url, timeout_s=60) as client:
+                    with Client(sockets[which], base_url, timeout_s=60) as client:
                         client.chat("Hello", max_tokens=2)
                     counts[which] += 1
                 except Exception as error:
                     failures.append(error)
 
-        threads = [threading.Thread(target=ask, args=(which,)) for which in (0, 1)]
+        threads = [threading.Thread(target=ask, args=(which,)) for which in range(3)]
         for thread in threads:
             thread.start()
         until(lambda: min(counts) > 3, "requests before")
@@ -149,6 +152,13 @@ def test_a_passed_socket_that_others_could_reach_is_refused() -> None:
         check_loopback(wide)
     with socket.create_server(("127.0.0.1", 0)) as narrow:
         check_loopback(narrow)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.1", "example.org"])
+def test_a_wider_bind_is_refused(host: str, home: Path) -> None:
+    done = hob(home, "serve", host=host)
+    assert done.returncode == 2
+    assert "Expected one of: 127.0.0.1" in done.stderr
 
 
 def test_units_pass_systemds_own_check(home: Path) -> None:

@@ -79,6 +79,7 @@ def test_a_refusal_says_rule_limit_and_use(path: Path) -> None:
     }  # fmt: skip
     for part in ("1000/mail", "1 of 1", "max_concurrent", '[app."1000/mail"]'):
         assert part in str(caught.value)
+    policy.enter("1000/mail", PATH, Spent(), 0.0, is_counted=False)
     policy.leave("1000/mail", first, 1.0)
     policy.enter("1000/mail", PATH, Spent(), 1.0)
     grant.check_model("small-1")

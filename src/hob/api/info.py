@@ -46,14 +46,17 @@ async def health(call: Call) -> Response:
 
 
 async def stats(call: Call) -> Response:
-    """/hob/v1/stats: the engine's numbers, the model, the daemon's age."""
-    backend = call.services.backend
+    """/hob/v1/stats: the engine's numbers, the model, the daemon's age. Of other apps only the owner learns."""
+    backend, caller = call.services.backend, call.record.caller
+    stats = backend.stats
+    if caller is None or not caller.is_owner:
+        stats = msgspec.structs.replace(stats, apps=[app for app in stats.apps if app.app == call.app])
     return json_reply(
         {
             "version": __version__,
             "pid": os.getpid(),
             "uptime_s": round(time.time() - call.services.started_at, 3),
             "model": msgspec.to_builtins(backend.model),
-            "stats": msgspec.to_builtins(backend.stats),
+            "stats": msgspec.to_builtins(stats),
         }
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
 import msgspec
 
 from hob import __version__
+from hob.api.apps import NewApp
+from hob.api.context_turns import TurnRequest
+from hob.api.contexts import CreateRequest, ForkRequest
 from hob.api.ollama_schema import ChatBody, EmbedBody, GenerateBody, NameBody, OldEmbedBody
 from hob.api.schema import (
     ChatRequest,
@@ -31,17 +35,26 @@ BODIES: dict[str, type[msgspec.Struct]] = {
     "/api/embeddings": OldEmbedBody,
     "/api/show": NameBody,
     "/api/pull": NameBody,
+    "/hob/v1/contexts": CreateRequest,
+    "/hob/v1/contexts/{context_id}/generate": TurnRequest,
+    "/hob/v1/contexts/{context_id}/fork": ForkRequest,
+    "/hob/v1/apps": NewApp,
 }
 GETS = (
     "/v1/models",
     "/v1/models/{name}",
     "/hob/v1/stats",
     "/hob/v1/overview",
+    "/hob/v1/contexts",
+    "/hob/v1/contexts/{context_id}",
+    "/hob/v1/apps",
     "/health",
     "/api/tags",
     "/api/ps",
     "/api/version",
 )
+DELETES = ("/hob/v1/contexts/{context_id}", "/hob/v1/apps/{kind}/{name}")
+_PARAMETER = re.compile(r"{(\w+)}")
 _ERROR = {
     "description": "What happened, the value, what was expected.",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
@@ -71,23 +84,28 @@ def document() -> dict[str, Any]:
     refs, components = msgspec.json.schema_components(BODIES.values(), ref_template=template)
     paths: dict[str, Any] = {}
     for (path, schema), ref in zip(BODIES.items(), refs, strict=True):
-        paths[path] = {
-            "post": {
-                "summary": (schema.__doc__ or "").split("\n")[0],
-                "requestBody": {"required": True, "content": {"application/json": {"schema": ref}}},
-                "responses": _responses(),
-            }
+        paths.setdefault(path, {})["post"] = {
+            **_parameters(path),
+            "summary": (schema.__doc__ or "").split("\n")[0],
+            "requestBody": {"required": True, "content": {"application/json": {"schema": ref}}},
+            "responses": _responses(),
         }
-    for path in GETS:
-        paths[path] = {"get": {"responses": _responses()}}
-    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-    paths["/v1/models/{name}"]["get"]["parameters"] = [name]
+    for method, some in (("get", GETS), ("delete", DELETES)):
+        for path in some:
+            paths.setdefault(path, {})[method] = {**_parameters(path), "responses": _responses()}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Hob", "version": __version__},
         "paths": paths,
         "components": {"schemas": {**components, "Error": _ERROR_SCHEMA}},
     }
+
+
+def _parameters(path: str) -> dict[str, Any]:
+    names = _PARAMETER.findall(path)
+    text = {"type": "string", "minLength": 1}
+    parameters = [{"name": name, "in": "path", "required": True, "schema": text} for name in names]
+    return {"parameters": parameters} if parameters else {}
 
 
 def _responses() -> dict[str, Any]:

@@ -35,7 +35,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-_LOCKED = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Hob</title>
+_LOCKED = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Hob</title><link rel="icon" href="data:,">
 <p>This page is for the owner of this device. Run <code>hob dashboard</code> in a terminal; it opens a link that works
 once.</p></html>"""
 

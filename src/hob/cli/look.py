@@ -117,6 +117,7 @@ def _head(overview: dict[str, Any]) -> RenderableType:
         (", ".join(loaded) or "no model is loaded", "bold"),
         f"  up {overview['uptime_s']:.0f} s  running {engine['num_running']}  waiting {engine['num_waiting']}  "
         f"contexts {contexts}",
+        (f"\nbackground work waits: {reason}" if (reason := overview["background_waits_for"]) else "", "gold3"),
     )
 
 

@@ -105,10 +105,7 @@ BUILT_IN = Rules(
 LEAST = Rules(
     endpoints=[
         "/v1/*",
-        "/api/chat",
-        "/api/generate",
-        "/api/embed",
-        "/api/tags",
+        "/api/*",
         "/hob/v1/classify",
         "/hob/v1/score",
         "/hob/v1/tokenize",
@@ -256,11 +253,16 @@ class Policy:
             found = self._grants[app] = grant_of(self.file, app)
         return found
 
-    def enter(self, app: str, path: str, use: Use, now: float) -> Grant:
-        """A request of an app begins. Raises PermissionDenied or RateLimited; else `leave` must follow."""
+    def enter(self, app: str, path: str, use: Use, now: float, *, is_counted: bool = True) -> Grant:
+        """A request of an app begins. Raises PermissionDenied or RateLimited; else `leave` must follow.
+
+        is_counted: False for one that asks nothing of the model: it takes no tokens and none of the requests at once.
+        """
         self.refresh()
         grant = self.grant(app)
         grant.check_endpoint(path)
+        if not is_counted:
+            return grant
         account = self._accounts.setdefault(app, _Account())
         limit = grant.rules.max_concurrent
         if limit is not None and len(account.in_flight) >= limit:

@@ -3,7 +3,8 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const WINDOW_S = 120;
+const MOST_S = 120; // a chart shows at most this, and at least LEAST_S
+const LEAST_S = 20;
 const COLOURS = ["c1", "c2", "c3", "c4", "c5", "c6"];
 
 /** An element with a class and children (elements or texts). */
@@ -30,7 +31,7 @@ function markEmpty(panel, isEmpty) {
 
 // ---- charts ----
 
-/** A line chart over the last two minutes. lines: [{label, colour, values, area}], values as long as times. */
+/** A line chart over up to two minutes. lines: [{label, colour, values, area}], values as long as times. */
 class Chart {
   constructor(host, unit) {
     this.host = host;
@@ -41,26 +42,27 @@ class Chart {
   }
 
   show(now, times, lines) {
-    Object.assign(this, { now, times, lines });
+    const span = Math.min(MOST_S, Math.max(LEAST_S, now - (times[0] ?? now)));
+    Object.assign(this, { now, times, lines, span });
     this.draw();
   }
 
   point(event) {
     const box = this.svg?.getBoundingClientRect();
     if (!box) return;
-    this.at = this.now - WINDOW_S * (1 - (event.clientX - box.left) / box.width);
+    this.at = this.now - this.span * (1 - (event.clientX - box.left) / box.width);
     this.draw();
   }
 
   draw() {
     if (!this.lines) return;
     const top = niceTop(Math.max(0, ...this.lines.flatMap((line) => line.values.filter((v) => v !== null))));
-    const x = (time) => 100 - (100 * (this.now - time)) / WINDOW_S;
+    const x = (time) => 100 - (100 * (this.now - time)) / this.span;
     const y = (value) => 100 - (100 * value) / top;
     this.svg = svg("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none" });
     for (const level of [0, 50, 100]) this.svg.append(svg("line", { class: "grid", x1: 0, x2: 100, y1: level, y2: level }));
     for (const line of this.lines) this.svg.append(...curve(line, this.times, x, y));
-    const labels = [make("span", "x at-start", "2 min ago"), make("span", "x at-end", "now")];
+    const labels = [make("span", "x at-start", `${duration(this.span)} ago`), make("span", "x at-end", "now")];
     labels[0].style.left = "44px";
     labels[1].style.right = "0";
     for (const [level, value] of [[0, top], [50, top / 2], [100, 0]]) {
@@ -142,7 +144,7 @@ function show(overview) {
   ttft.show(overview.time, series.time, [{ label: "median", colour: "c3", values: series.ttft_ms }]);
   showMemory(overview.memory);
   showApps(overview.apps);
-  showRequests(overview.requests);
+  showRequests(overview.requests, overview.background_waits_for);
   showModels(overview.models);
   showContexts(overview.contexts, overview.memory.disk_bytes);
   showRefusals(overview.refusals, overview.num_refusals);
@@ -214,10 +216,13 @@ function shortName(endpoint) {
   return name.startsWith("contexts/") ? "context turn" : name;
 }
 
-function showRequests(requests) {
+function showRequests(requests, waitsFor) {
   markEmpty("panel-requests", !requests.length);
   const shown = requests.slice(0, 12);
-  $("requests-note").textContent = requests.length > shown.length ? `the first ${shown.length} of ${requests.length}` : "";
+  $("requests-note").textContent = [
+    requests.length > shown.length ? `the first ${shown.length} of ${requests.length}` : "",
+    waitsFor ? `background work waits: ${waitsFor}` : "",
+  ].filter(Boolean).join("; ");
   $("requests").replaceChildren(...shown.map((request) => make("tr", "",
     cell(request.app, "app"),
     cell(shortName(request.endpoint)),
