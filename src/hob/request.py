@@ -249,6 +249,8 @@ class Sequence:
     is_loading: bool = False
     """Blocks of it are being read from disk: it holds them, but gets no rows yet."""
     was_preempted: bool = False
+    num_reached: int = 0
+    """Most tokens that were ever computed of it: those below are computed again only because memory was taken away."""
     is_kept: bool = False
     """It keeps its blocks to its end: see scheduler/placement.py."""
     is_left: bool = False

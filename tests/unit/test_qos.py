@@ -312,6 +312,22 @@ def test_a_limit_that_no_step_can_keep_is_refused() -> None:
         device.add("fast", 30, 10, STANDARD, tpot_limit_s=0.001)
 
 
+def test_a_deadline_of_a_lesser_class_does_not_keep_an_urgent_newcomer_from_its_rows() -> None:
+    device = Device(SchedulerConfig(lend_every=0))
+    device.add("warm", 500, 60, INTERACTIVE, "chat")
+    device.run_until("warm")
+    device.add("stream", 30, 400, INTERACTIVE, "chat")
+    for _ in range(5):
+        device.step()
+    for name in ("due", "too"):
+        device.add(name, 2000, 4, BACKGROUND, name, ttft_deadline_s=20.0)
+        device.scheduler.waiting[-1].request.ttft_deadline_s = 1.5  # due from now on
+    device.step()
+    device.add("newcomer", 30, 4, INTERACTIVE, "third")
+    device.step()
+    assert len(device.times["newcomer"]) == 1
+
+
 # ---- admission ----
 
 
@@ -400,3 +416,41 @@ def test_a_stopped_step_changes_no_token() -> None:
     stopped.run_until("a")
     assert stopped.scheduler.stats().num_abandoned >= 20
     assert stopped.tokens["a"] == whole.tokens["a"]
+
+
+@pytest.mark.parametrize("jump_s", [3600.0, -3600.0])
+def test_a_clock_that_jumps_ends_nothing_and_favours_nobody(jump_s: float) -> None:
+    device = Device()
+    for app in "ab":
+        for i in range(6):
+            device.add(f"{app}{i}", 600, 20, STANDARD, app)
+    for _ in range(8):
+        device.step()
+    inner = device.engine._sleep
+    device.engine._sleep = lambda seconds: inner(seconds + jump_s)  # in the middle of a step
+    device.step()
+    device.engine._sleep = inner
+    device.run_until(*(f"{app}{i}" for app in "ab" for i in range(6)))
+    device.scheduler.check()
+    assert all(usage.num_output_tokens == 20 for usage in device.usages.values())
+    device.add("after", 600, 20, INTERACTIVE, "c")
+    before = device.clock()
+    device.run_until("after")
+    assert device.clock() - before < 2.0, "steps are as long as ever"
+
+
+def test_what_is_computed_again_after_a_preemption_is_charged_to_nobody() -> None:
+    device = Device(num_blocks=40)
+    device.add("low", 600, 4, BACKGROUND, "low")
+    for _ in range(8):
+        device.step()
+    before = device.scheduler.order.fairness.clock("low")
+    assert before > 0
+    device.add("chat", 600, 2, INTERACTIVE, "chat")
+    device.run_until("chat")
+    assert device.scheduler.stats().num_preemptions >= 1
+    device.scheduler.order.fairness.enter("low")  # so that the clocks are not forgotten at the end
+    device.run_until("low")
+    apps = {app.app: app.compute_s for app in device.scheduler.stats().apps}
+    charged = device.scheduler.order.fairness.clock("low")
+    assert charged < 0.75 * apps["low"], "the work done twice is in the receipt, but not on the clock"

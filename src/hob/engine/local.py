@@ -135,7 +135,7 @@ class LocalEngine:
             mask=masks,
         )
         sampled = [Sampled(i, p) for i, p in zip(ids.tolist(), logprobs.tolist(), strict=True)]
-        for row, token in enumerate(sampled):
+        for row, token in enumerate(sampled if len(top_ids) else []):
             span = slice(tops_start[row], tops_start[row + 1])
             token.tops = list(zip(top_ids[span].tolist(), top_logprobs[span].tolist(), strict=True))
         return sampled

@@ -325,10 +325,16 @@ class Scheduler:
     def _plan_others(self, plan: Plan) -> None:
         """Rows for sequences that lack several, running or waiting, as long as the budget lasts."""
         candidates = [s for s in self.running if id(s) not in plan.planned and not s.is_loading] + self.waiting
+        is_full = False  # for lesser classes: the pace of interactive streams bounds them alone
         for sequence in self.order(candidates):
-            num_rows = self._rows_left(plan, sequence)
-            if num_rows < 1:
-                break
+            is_urgent = sequence.request.service_class is ServiceClass.INTERACTIVE
+            if is_full and not is_urgent:
+                continue
+            if self._rows_left(plan, sequence) < 1:
+                if is_urgent:
+                    break
+                is_full = True
+                continue
             if sequence not in self.running and not self._start(sequence, plan):
                 continue
             if sequence.is_loading:
@@ -450,10 +456,13 @@ class Scheduler:
             usage.is_tpot_met = usage.decode_s <= request.tpot_limit_s * max(sequence.num_generated - 1, 0)
 
     def _charge(self, chunk: Chunk, seconds: float) -> None:
-        request = chunk.sequence.request
-        chunk.sequence.usage.compute_s += seconds
+        """Book a chunk's time. What is computed again because memory was taken away sets its app back no further."""
+        sequence, request = chunk.sequence, chunk.sequence.request
+        sequence.usage.compute_s += seconds
         self._app(request.app).compute_s += seconds
-        self.order.fairness.charge(request.app, seconds, request.weight)
+        num_new = max(chunk.end - max(chunk.start, sequence.num_reached), 0)
+        sequence.num_reached = max(sequence.num_reached, chunk.end)
+        self.order.fairness.charge(request.app, seconds * num_new / chunk.num_rows, request.weight)
 
     def _app(self, app: str) -> AppStats:
         if app not in self._apps:

@@ -47,10 +47,11 @@ def run_step(
     finally:
         watch(None)
     now = clock()
+    step_s = max(now - start, 0.0)  # a clock that is set back must not hand out time
     if results is None:
-        scheduler.abandon(now - start)
+        scheduler.abandon(step_s)
         return []
-    return scheduler.postprocess(plan, results, now - start, now)
+    return scheduler.postprocess(plan, results, step_s, now)
 
 
 def pump(engine: Engine, scheduler: Scheduler, swap: Swap) -> None:
