@@ -32,25 +32,24 @@ Result2<float> linear(const std::string& isa, int kind_, nb::handle data, int64_
   const int panels = static_cast<int>((n + kPanel - 1) / kPanel);
   const size_t panel_bytes = packed.size() / static_cast<size_t>(panels);
   Arena arena;
-  ActGroup* tile;
+  uint8_t* tiles;
   uint8_t* weights;
-  arena.add(&tile, static_cast<size_t>(groups) + 1);
+  const size_t tile_bytes = static_cast<size_t>(groups) * kernels.group_bytes;
+  arena.add(&tiles, static_cast<size_t>((rows + kernels.tile_rows - 1) / kernels.tile_rows) * tile_bytes + 1);
   arena.add(&weights, packed.size());
   arena.commit(false);
   std::memcpy(weights, packed.data(), packed.size());
   std::vector<float> out(static_cast<size_t>(rows) * static_cast<size_t>(panels) * kPanel);
   const ptrdiff_t stride = static_cast<ptrdiff_t>(panels) * kPanel;
-  for (int r = 0; r < rows; r += kTileRows) {
-    const int count = std::min(kTileRows, rows - r);
-    for (int i = 0; i < count && kind != Kind::kF32; ++i) kernels.quantise(x.data() + (r + i) * k, groups, tile, i);
-    for (int p = 0; p < panels; ++p) {
-      const uint8_t* panel = weights + static_cast<size_t>(p) * panel_bytes;
-      float* to = out.data() + r * stride + p * kPanel;
-      if (kind == Kind::kF32)
-        kernels.linear_f32(reinterpret_cast<const float*>(panel), static_cast<int>(k), x.data() + r * k, k, count, to, stride, false);
-      else
-        kernels.linear(kind, panel, groups, tile, count, to, stride, false, panel + panel_bytes, 1);
-    }
+  for (int r = 0; r < rows && kind != Kind::kF32; ++r)
+    kernels.quantise(x.data() + r * k, groups, tiles + static_cast<size_t>(r / kernels.tile_rows) * tile_bytes, r % kernels.tile_rows);
+  for (int p = 0; p < panels; ++p) {
+    const uint8_t* panel = weights + static_cast<size_t>(p) * panel_bytes;
+    float* to = out.data() + p * kPanel;
+    if (kind == Kind::kF32)
+      kernels.linear_f32(reinterpret_cast<const float*>(panel), static_cast<int>(k), x.data(), k, rows, to, stride, false);
+    else
+      kernels.linear(kind, panel, groups, tiles, rows, to, stride, false, panel + panel_bytes);
   }
   return copied_rows(out.data(), static_cast<size_t>(rows), static_cast<size_t>(n), static_cast<size_t>(stride));
 }

@@ -157,7 +157,7 @@ class Step {
   // ---- inputs of linear layers, rows first .. first + count ----
 
   void fill(const Acts& acts, int i, const float* values) {
-    k_.quantise(values, acts.num_groups, acts.tiles + static_cast<ptrdiff_t>(i / kTileRows) * acts.num_groups, i % kTileRows);
+    k_.quantise(values, acts.num_groups, acts.group(k_, i, 0), i % k_.tile_rows);
   }
 
   // x -> norm -> acts, and where the floats are. `point` names the place in the network for the check of finiteness.
@@ -241,23 +241,13 @@ class Step {
   // out (count, stride) (+)= panels first_panel .. end_panel of `matrix` times acts. `out` is where panel 0 would go.
   void project(const Matrix& matrix, const Acts& acts, int count, int first_panel, int end_panel, float* out,
                ptrdiff_t stride, bool is_added) {
-    // While a panel is at work the next one is fetched, an equal share with each tile of rows.
-    const int tiles = (count + kTileRows - 1) / kTileRows;
-    const auto lines = static_cast<int>((matrix.panel_bytes / 64 + static_cast<size_t>(tiles * acts.num_groups) - 1) /
-                                        static_cast<size_t>(tiles * acts.num_groups));
     for (int p = first_panel; p < end_panel; ++p) {
       const uint8_t* panel = matrix.data + static_cast<size_t>(p) * matrix.panel_bytes;
-      const uint8_t* ahead = panel + matrix.panel_bytes;
-      for (int i = 0; i < count; i += kTileRows) {
-        const int rows = std::min(kTileRows, count - i);
-        float* to = out + i * stride + p * kPanel;
-        if (matrix.is_quantised())
-          k_.linear(matrix.kind, panel, acts.num_groups, acts.tiles + static_cast<ptrdiff_t>(i / kTileRows) * acts.num_groups,
-                    rows, to, stride, is_added, ahead + static_cast<ptrdiff_t>(i / kTileRows) * acts.num_groups * lines * 64, lines);
-        else
-          k_.linear_f32(reinterpret_cast<const float*>(panel), matrix.k, acts.rows + static_cast<ptrdiff_t>(i) * acts.stride,
-                        acts.stride, rows, to, stride, is_added);
-      }
+      float* to = out + p * kPanel;
+      if (matrix.is_quantised())  // while a panel is at work the next one is fetched
+        k_.linear(matrix.kind, panel, acts.num_groups, acts.tiles, count, to, stride, is_added, panel + matrix.panel_bytes);
+      else
+        k_.linear_f32(reinterpret_cast<const float*>(panel), matrix.k, acts.rows, acts.stride, count, to, stride, is_added);
     }
   }
 
@@ -366,8 +356,7 @@ class Step {
     m_.gate_mul(s.gate, s.up, count * kPanel, s.gate);
     for (int i = 0; i < count; ++i) {
       const float* y = s.gate + i * kPanel;
-      if (is_quantised)
-        k_.quantise(y, 1, ffn.tiles + static_cast<ptrdiff_t>(i / kTileRows) * ffn.num_groups + p, i % kTileRows);
+      if (is_quantised) k_.quantise(y, 1, ffn.group(k_, i, p), i % k_.tile_rows);
       if (!is_quantised || has_adapters_)
         std::copy_n(y, kPanel, ffn.rows + static_cast<ptrdiff_t>(i) * ffn.stride + p * kPanel);
     }
@@ -613,11 +602,11 @@ class Step {
   }
 
   bool run_many() {
-    const int tiles = (b_.num_rows + kTileRows - 1) / kTileRows, most = kMaxBlockRows / kTileRows;
+    const int tiles = (b_.num_rows + k_.tile_rows - 1) / k_.tile_rows, most = kMaxBlockRows / k_.tile_rows;
     const int threads = m_.threads->num_threads();
     const int blocks = std::min(tiles, ((tiles + most - 1) / most + threads - 1) / threads * threads);
     const auto first_row = [&](int block) {
-      return std::min(b_.num_rows, static_cast<int>(int64_t{tiles} * block / blocks) * kTileRows);
+      return std::min(b_.num_rows, static_cast<int>(int64_t{tiles} * block / blocks) * k_.tile_rows);
     };
     for (int layer = 0; layer <= net_.num_layers; ++layer) {
       if (is_stopped()) return false;

@@ -1,6 +1,6 @@
 // The contract between the forward pass and the compute kernels: layouts, argument records, one table of pointers.
 //
-// A kernel file (kernels_portable.cpp, kernels_avx2.cpp, kernels_avx512.cpp) is compiled with its own instruction-set
+// A kernel file (kernels_portable.cpp, kernels_avx2.cpp, kernels_avx512.cpp, kernels_amx.cpp) is compiled with its own instruction-set
 // flags and fills one `Kernels` table. This header is included by all of them, so it holds plain data only: no STL and
 // no function bodies (an inline body compiled for AVX-512 could be the one the linker keeps for the portable path).
 //
@@ -15,10 +15,9 @@ namespace hob {
 
 constexpr int kPanel = 32;       // outputs of a matrix that lie side by side
 constexpr int kGroup = 32;       // values along K that share a scale
-constexpr int kTileRows = 6;     // activation rows a linear kernel works on at once
 constexpr int kBlockTokens = 16; // tokens in a block of KV
 constexpr int kChunkKeys = 256;  // keys between two merges of the online softmax, anchored at key 0
-constexpr int kMaxQueries = 24;  // queries (rows x heads of a group) of one attention call
+constexpr int kMaxQueries = 48;  // queries (rows x heads of a group) of one attention call
 constexpr int kPartialHead = 16; // floats before the values of a partial attention result: [max, sum, unused...]
 constexpr int kMaxHeadDim = 256;
 
@@ -31,17 +30,6 @@ enum class Kind : uint8_t {
   kQ8M = 4,  // w = d * q + m
 };
 constexpr int kNumKinds = 5;
-
-// One group of 32 values of six activation rows. An activation tile is [K / 32] of these.
-// x is about scale * codes; the initial values spare symmetric kinds a correction: dot(q - 8, x) = dot(q, x) - 8 sum(x).
-struct alignas(32) ActGroup {
-  int8_t codes[8][kTileRows][4];  // [quad][row][i]: k = 4 quad + i
-  float scale[kTileRows];
-  float scaled_sum[kTileRows];    // scale * sum(codes)
-  int32_t init4[kTileRows];       // -8 * sum(codes)
-  int32_t init8[kTileRows];       // -128 * sum(codes)
-};
-static_assert(sizeof(ActGroup) == 288);
 
 // Attention of up to kMaxQueries queries of one sequence to one KV head, over chunks [first_chunk, end_chunk).
 struct AttentionCall {
@@ -62,17 +50,23 @@ struct AttentionCall {
 };
 
 constexpr size_t attention_scratch_floats(int head_dim) {
-  return static_cast<size_t>(kMaxQueries) * (kChunkKeys + 3 * (head_dim + 16)) + 64 * static_cast<size_t>(head_dim + 16);
+  return static_cast<size_t>(kMaxQueries) * (kChunkKeys + 3 * (head_dim + 16)) + 2 * kChunkKeys * static_cast<size_t>(head_dim + 16);
 }
 
 struct Kernels {
   const char* name;
 
-  // out[r * out_stride + c] (+)= sum over k of w[c][k] x[r][k], for one panel (32 columns c) and num_rows <= 6 rows.
-  // panel: num_groups groups in packed order; tile: (num_groups) ActGroup. `ahead` is fetched into the cache meanwhile,
-  // ahead_lines x 64 bytes with each group: it is the caller who knows what comes next. It may lie past the weights.
-  void (*linear)(Kind kind, const uint8_t* panel, int num_groups, const ActGroup* tile, int num_rows, float* out,
-                 ptrdiff_t out_stride, bool is_added, const uint8_t* ahead, int ahead_lines);
+  // Input rows of `linear` are written by `quantise` and lie in tiles of tile_rows rows: num_groups groups of group_bytes
+  // each. What is in a group is the table's own business.
+  int tile_rows;
+  size_t group_bytes;
+
+  // out[r * out_stride + c] (+)= sum over k of w[c][k] x[r][k], for one panel (32 columns c) and any number of rows.
+  // panel: num_groups groups in packed order; tiles: (num_rows / tile_rows) tiles. As many bytes as the panel has are
+  // fetched from `ahead` into the cache meanwhile: it is the caller who knows what comes next. They may lie past the
+  // weights.
+  void (*linear)(Kind kind, const uint8_t* panel, int num_groups, const uint8_t* tiles, int num_rows, float* out,
+                 ptrdiff_t out_stride, bool is_added, const uint8_t* ahead);
   // The same for float32: panel (k_size, 32), x (num_rows, k_size) with x_stride floats between rows.
   void (*linear_f32)(const float* panel, int k_size, const float* x, ptrdiff_t x_stride, int num_rows, float* out,
                      ptrdiff_t out_stride, bool is_added);
@@ -80,7 +74,7 @@ struct Kernels {
   // y = x / sqrt(mean(x^2) + eps) * weight. n_padded % 32 == 0, zero beyond n. Returns sum(x^2): not finite if x is not.
   float (*rms_norm)(const float* x, const float* weight, int n, int n_padded, float eps, float* y);
   // x (num_groups * 32) -> row `row` of the tile.
-  void (*quantise)(const float* x, int num_groups, ActGroup* tile, int row);
+  void (*quantise)(const float* x, int num_groups, uint8_t* tile, int row);
   // y = silu(gate) * up over n values, n % 32 == 0; y may be gate.
   void (*silu_mul)(const float* gate, const float* up, int n, float* y);
   // x (2 * half): pairs (i, i + half) turned by cos, sin (half), then all n values multiplied by scale.
@@ -109,5 +103,6 @@ struct Kernels {
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();    // null where the build is not for x86-64
 const Kernels* avx512_kernels();  // "
+const Kernels* amx_kernels();     // "
 
 }  // namespace hob

@@ -11,9 +11,11 @@
 namespace {
 constexpr int kRows = 2;
 constexpr int kValueVecs = 2;
+constexpr int kCodeRows = 6;
 }  // namespace
 
 #include "kernels_body.inc"
+#include "codes.inc"
 
 namespace hob {
 namespace {
@@ -45,21 +47,21 @@ inline __m256i dot_quad(__m256i w, __m256i x) {
 }
 
 template <Kind KIND>
-inline int32_t initial(const ActGroup& a, int r) {
+inline int32_t initial(const CodeGroup& a, int r) {
   if constexpr (KIND == Kind::kQ4S) return a.init4[r];
   else if constexpr (KIND == Kind::kQ8M) return -a.init8[r];
   else return 0;
 }
 
 template <int M, Kind KIND>
-void linear_quarter(const uint8_t* panel, int num_groups, const ActGroup* tile, int quarter, float* out,
+void linear_quarter(const uint8_t* panel, int num_groups, const CodeGroup* tile, int quarter, float* out,
                     ptrdiff_t out_stride, bool is_added, const uint8_t* ahead, int ahead_lines) {
   using L = Layout<KIND>;
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 f[M];
   for (int r = 0; r < M; ++r) f[r] = _mm256_setzero_ps();
   for (int g = 0; g < num_groups; ++g, panel += L::kGroupBytes, ++tile) {
-    const ActGroup& a = *tile;
+    const CodeGroup& a = *tile;
     __m256i n[M];
     for (int r = 0; r < M; ++r) n[r] = _mm256_set1_epi32(initial<KIND>(a, r));
 #pragma GCC unroll 8
@@ -68,7 +70,7 @@ void linear_quarter(const uint8_t* panel, int num_groups, const ActGroup* tile, 
 #pragma GCC unroll 6
       for (int r = 0; r < M; ++r) {
         int32_t quad;
-        std::memcpy(&quad, a.codes[j][r], 4);
+        std::memcpy(&quad, a.codes[r] + 4 * j, 4);
         n[r] = _mm256_add_epi32(n[r], _mm256_madd_epi16(dot_quad<KIND>(w, _mm256_set1_epi32(quad)), ones));
       }
     }
@@ -89,7 +91,7 @@ void linear_quarter(const uint8_t* panel, int num_groups, const ActGroup* tile, 
 }
 
 template <Kind KIND>
-void linear_kind(const uint8_t* panel, int num_groups, const ActGroup* tile, int num_rows, float* out,
+void linear_rows(const uint8_t* panel, int num_groups, const CodeGroup* tile, int num_rows, float* out,
                  ptrdiff_t out_stride, bool is_added, const uint8_t* ahead, int ahead_lines) {
   for (int quarter = 0; quarter < 4; ++quarter) {
     const int lines = quarter == 0 ? ahead_lines : 0;
@@ -104,19 +106,33 @@ void linear_kind(const uint8_t* panel, int num_groups, const ActGroup* tile, int
   }
 }
 
-void linear(Kind kind, const uint8_t* panel, int num_groups, const ActGroup* tile, int num_rows, float* out,
-            ptrdiff_t out_stride, bool is_added, const uint8_t* ahead, int ahead_lines) {
+// `ahead` is fetched in equal shares, one with each group of each register tile.
+template <Kind KIND>
+void linear_kind(const uint8_t* panel, int num_groups, const uint8_t* tiles, int num_rows, float* out,
+                 ptrdiff_t out_stride, bool is_added, const uint8_t* ahead) {
+  const int steps = (num_rows + kCodeRows - 1) / kCodeRows;
+  const int lines = (static_cast<int>(Layout<KIND>::kGroupBytes) / 64 + steps - 1) / steps;
+  for (int r = 0; r < num_rows; r += kCodeRows) {
+    const int rows = num_rows - r < kCodeRows ? num_rows - r : kCodeRows;
+    linear_rows<KIND>(panel, num_groups, reinterpret_cast<const CodeGroup*>(tiles) + r / kCodeRows * num_groups, rows,
+                      out + r * out_stride, out_stride, is_added, ahead, lines);
+    ahead += static_cast<ptrdiff_t>(num_groups) * lines * 64;
+  }
+}
+
+void linear(Kind kind, const uint8_t* panel, int num_groups, const uint8_t* tiles, int num_rows, float* out,
+            ptrdiff_t out_stride, bool is_added, const uint8_t* ahead) {
   switch (kind) {
-    case Kind::kQ4M: return linear_kind<Kind::kQ4M>(panel, num_groups, tile, num_rows, out, out_stride, is_added, ahead, ahead_lines);
-    case Kind::kQ4S: return linear_kind<Kind::kQ4S>(panel, num_groups, tile, num_rows, out, out_stride, is_added, ahead, ahead_lines);
-    case Kind::kQ8S: return linear_kind<Kind::kQ8S>(panel, num_groups, tile, num_rows, out, out_stride, is_added, ahead, ahead_lines);
-    case Kind::kQ8M: return linear_kind<Kind::kQ8M>(panel, num_groups, tile, num_rows, out, out_stride, is_added, ahead, ahead_lines);
+    case Kind::kQ4M: return linear_kind<Kind::kQ4M>(panel, num_groups, tiles, num_rows, out, out_stride, is_added, ahead);
+    case Kind::kQ4S: return linear_kind<Kind::kQ4S>(panel, num_groups, tiles, num_rows, out, out_stride, is_added, ahead);
+    case Kind::kQ8S: return linear_kind<Kind::kQ8S>(panel, num_groups, tiles, num_rows, out, out_stride, is_added, ahead);
+    case Kind::kQ8M: return linear_kind<Kind::kQ8M>(panel, num_groups, tiles, num_rows, out, out_stride, is_added, ahead);
     case Kind::kF32: return;  // linear_f32's
   }
 }
 
-const Kernels kTable = {"avx2",     linear,      linear_f32, rms_norm,       quantise,     silu_mul, rope,
-                        store_key,  store_value, attention,  merge_partials, block_maxima, exp_sums, select_at_least,
+const Kernels kTable = {"avx2", kCodeRows, sizeof(CodeGroup), linear, linear_f32, rms_norm, quantise, silu_mul, rope,
+                        store_key, store_value, attention, merge_partials, block_maxima, exp_sums, select_at_least,
                         gelu_mul};
 
 }  // namespace

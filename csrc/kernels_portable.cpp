@@ -6,9 +6,11 @@
 namespace {
 constexpr int kRows = 2;
 constexpr int kValueVecs = 1;
+constexpr int kCodeRows = 6;
 }  // namespace
 
 #include "kernels_body.inc"
+#include "codes.inc"
 
 namespace hob {
 namespace {
@@ -21,10 +23,10 @@ inline float half_at(const uint8_t* p, int i) {
 }
 
 // dot[c] for the 32 columns of one group and one row; codes as packed.
-inline void dot_group(const uint8_t* codes, bool is_nibbles, const ActGroup& a, int row, int32_t init, int32_t* dot) {
+inline void dot_group(const uint8_t* codes, bool is_nibbles, const CodeGroup& a, int row, int32_t init, int32_t* dot) {
   for (int c = 0; c < 32; ++c) dot[c] = init;
   for (int j = 0; j < 8; ++j) {
-    const int8_t* x = a.codes[j][row];
+    const int8_t* x = a.codes[row] + 4 * j;
     for (int half = 0; half < 2; ++half) {
       const uint8_t* w = is_nibbles ? codes + j * 64 : codes + j * 128 + half * 64;
       const int shift = is_nibbles ? 4 * half : 0;
@@ -38,15 +40,16 @@ inline void dot_group(const uint8_t* codes, bool is_nibbles, const ActGroup& a, 
   }
 }
 
-void linear(Kind kind, const uint8_t* panel, int num_groups, const ActGroup* tile, int num_rows, float* out,
-            ptrdiff_t out_stride, bool is_added, const uint8_t*, int) {
+// Up to kCodeRows rows.
+void linear_tile(Kind kind, const uint8_t* panel, int num_groups, const CodeGroup* tile, int num_rows, float* out,
+                 ptrdiff_t out_stride, bool is_added) {
   const bool is_nibbles = kind == Kind::kQ4M || kind == Kind::kQ4S;
   const bool has_min = kind == Kind::kQ4M || kind == Kind::kQ8M;
   const size_t code_bytes = is_nibbles ? 512 : 1024;
   const size_t group_bytes = code_bytes + (has_min ? 128 : 64);
-  float acc[kTileRows][32] = {};
+  float acc[kCodeRows][32] = {};
   for (int g = 0; g < num_groups; ++g, panel += group_bytes) {
-    const ActGroup& a = tile[g];
+    const CodeGroup& a = tile[g];
     float d[32], m[32];
     for (int c = 0; c < 32; ++c) {
       d[c] = half_at(panel + code_bytes, c);
@@ -68,8 +71,16 @@ void linear(Kind kind, const uint8_t* panel, int num_groups, const ActGroup* til
     }
 }
 
-const Kernels kTable = {"portable", linear,    linear_f32,  rms_norm,  quantise,       silu_mul,     rope,
-                        store_key,  store_value, attention, merge_partials, block_maxima, exp_sums, select_at_least,
+void linear(Kind kind, const uint8_t* panel, int num_groups, const uint8_t* tiles, int num_rows, float* out,
+            ptrdiff_t out_stride, bool is_added, const uint8_t*) {
+  const auto* tile = reinterpret_cast<const CodeGroup*>(tiles);
+  for (int r = 0; r < num_rows; r += kCodeRows, tile += num_groups)
+    linear_tile(kind, panel, num_groups, tile, num_rows - r < kCodeRows ? num_rows - r : kCodeRows, out + r * out_stride,
+                out_stride, is_added);
+}
+
+const Kernels kTable = {"portable", kCodeRows, sizeof(CodeGroup), linear, linear_f32, rms_norm, quantise, silu_mul, rope,
+                        store_key, store_value, attention, merge_partials, block_maxima, exp_sums, select_at_least,
                         gelu_mul};
 
 }  // namespace

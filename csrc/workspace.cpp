@@ -12,8 +12,9 @@ const char* const kPhaseNames[kNumPhases] = {"embed", "qkv", "attention", "out",
 void Workspace::add_acts(Acts* acts, int k, int rows) {
   acts->num_groups = padded(k) / kGroup;
   acts->stride = padded(k);
-  const auto tiles = static_cast<size_t>((rows + kTileRows - 1) / kTileRows);
-  arena_.add(&acts->tiles, tiles * static_cast<size_t>(acts->num_groups));
+  const Kernels& kernels = *model.kernels;
+  const auto tiles = static_cast<size_t>((rows + kernels.tile_rows - 1) / kernels.tile_rows);
+  arena_.add(&acts->tiles, tiles * static_cast<size_t>(acts->num_groups) * kernels.group_bytes);
   arena_.add(&acts->rows, static_cast<size_t>(rows) * static_cast<size_t>(acts->stride));
 }
 

@@ -23,10 +23,16 @@ extern const char* const kPhaseNames[kNumPhases];
 
 // Input of a linear layer for up to kMaxBlockRows rows: quantised tiles, and float rows where a float32 matrix needs them.
 struct Acts {
-  ActGroup* tiles;  // (rows / 6, k / 32)
-  float* rows;      // (rows, stride)
-  int num_groups;   // k / 32
-  int stride;       // k padded to 32
+  uint8_t* tiles;  // (rows / tile_rows, k / 32) groups of the kernel table
+  float* rows;     // (rows, stride)
+  int num_groups;  // k / 32
+  int stride;      // k padded to 32
+
+  // Where group g of the tile that holds row i begins.
+  uint8_t* group(const Kernels& kernels, int i, int g) const {
+    return tiles + (static_cast<size_t>(i / kernels.tile_rows) * static_cast<size_t>(num_groups) + static_cast<size_t>(g)) *
+                       kernels.group_bytes;
+  }
 };
 
 // What a thread needs to itself.

