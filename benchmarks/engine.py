@@ -17,7 +17,6 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +25,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 import machine
+from hob.lab.speed import FIGURES, Figure, as_shares, busy_processes, with_base
 
 WORKERS = Path(__file__).parent / "workers"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One number to be measured."""
-
-    key: str
-    kind: str
-    n: int
-    context: int = 0
-    num_busy: int = 0
-
-    @property
-    def title(self) -> str:
-        """For the table."""
-        if self.kind == "prefill":
-            return f"prefill of {self.n} tokens, tok/s"
-        beside = f" beside {self.num_busy} busy" if self.num_busy else ""
-        return f"decode, {self.n} seq., context {self.context}{beside}, tok/s"
-
-
-FIGURES = [
-    *(Figure(f"prefill_{n}", "prefill", n) for n in (128, 512, 2048)),
-    Figure("decode_1", "decode", 1, 128),
-    *(Figure(f"decode_{n}", "decode", n, 80) for n in (4, 8, 16)),
-    *(Figure(f"decode_busy_{n}", "decode", 1, 128, n) for n in (1, 2)),
-]
 
 
 class Worker:
@@ -69,17 +42,12 @@ class Worker:
 
     def measure(self, figure: Figure) -> float:
         """Tokens per second."""
-        busy = [_start_busy() for _ in range(figure.num_busy)]
-        try:
+        with busy_processes(figure.num_busy):
             assert self._process.stdin is not None
             task = {"figure": figure.kind, "n": figure.n, "context": figure.context}
             self._process.stdin.write(json.dumps(task) + "\n")
             self._process.stdin.flush()
             return float(self._read()["tok_s"])
-        finally:
-            for process in busy:
-                process.kill()
-                process.wait()
 
     def close(self) -> None:
         """End the process."""
@@ -97,14 +65,9 @@ class Worker:
                 return dict(json.loads(line))
 
 
-def _start_busy() -> subprocess.Popen[bytes]:
-    """A process that never sleeps, in a session of its own (autogroup would else share its time with ours)."""
-    return subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
-
-
 def chosen_figures(args: argparse.Namespace) -> list[Figure]:
     """All, or those named; the busy ones need decode_1 to be a share of."""
-    return [figure for figure in FIGURES if not args.figures or figure.key in args.figures]
+    return with_base([figure for figure in FIGURES if not args.figures or figure.key in args.figures])
 
 
 def start_workers(args: argparse.Namespace) -> list[Worker]:
@@ -142,10 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for worker in workers:
         worker.close()
     medians = {name: {key: statistics.median(v) for key, v in values.items()} for name, values in samples.items()}
-    for values in medians.values():
-        for figure in figures:
-            if figure.num_busy:
-                values[figure.key] /= values["decode_1"]
+    medians = {name: as_shares(values, figures) for name, values in medians.items()}
     ours = medians.pop("ours")
     peers = {name: values for name, values in medians.items() if not name.startswith("ours")}
     best = {f.key: max((values[f.key] for values in peers.values()), default=None) for f in figures}
@@ -161,7 +121,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def print_table(result: dict[str, Any]) -> None:
+def as_json(result: dict[str, Any]) -> dict[str, Any]:
+    """For programs: of the peers the best one of each figure."""
+    best = {key: max(values[key] for values in result["peers"].values()) for key in result["ours"] if result["peers"]}
+    return {"ours": result["ours"], "peers": best, "peak": result["peak"], "ratios": result["ratios"]}
+
+
+def print_table(result: dict[str, Any], console: Console) -> None:
     """For people."""
     columns = {"ours": result["ours"], **result["others"], **result["peers"]}
     table = Table(title=f"{result['machine']['cpu']}, {result['machine']['cores']} cores, {result['rounds']} rounds")
@@ -173,11 +139,9 @@ def print_table(result: dict[str, Any]) -> None:
         if figure.key not in result["ours"]:
             continue
         form = "{:.0%}" if figure.num_busy else "{:.0f}"
-        title = figure.title.replace("tok/s", "share of alone") if figure.num_busy else figure.title
         ratio = result["ratios"].get(figure.key)
         cells = [form.format(values[figure.key]) for values in columns.values()]
-        table.add_row(title, *cells, f"{ratio:.2f} x" if ratio else "-")
-    console = Console()
+        table.add_row(figure.title, *cells, f"{ratio:.2f} x" if ratio else "-")
     console.print(table)
     peak = result["peak"]
     console.print(
@@ -197,13 +161,12 @@ def main() -> None:
     parser.add_argument("--isa", nargs="*", default=[], help="also run ours with these instruction sets")
     parser.add_argument("--figures", nargs="*", choices=[f.key for f in FIGURES], help="only these")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--json", action="store_true", help="one JSON object; the table goes to standard error")
     args = parser.parse_args()
     result = run(args)
+    print_table(result, Console(stderr=args.json))
     if args.json:
-        print(json.dumps(result))
-    else:
-        print_table(result)
+        print(json.dumps(as_json(result)))
 
 
 if __name__ == "__main__":

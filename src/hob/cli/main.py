@@ -14,7 +14,7 @@ import sys
 
 import typer
 
-from hob.cli import apps, look, machine, models, policy, service, settings, show, talk
+from hob.cli import apps, bench, look, machine, models, policy, service, settings, show, talk
 from hob.errors import HobError, UserError
 
 INTERRUPTED = 130
@@ -68,6 +68,7 @@ for _command in (
     models.rm,
     settings.config,
     show.demo,
+    bench.bench,
     machine.install,
     machine.uninstall,
     machine.restart,

@@ -1,0 +1,1 @@
+"""Measuring the engine on the user's own machine. Above the engine, below the command line."""
