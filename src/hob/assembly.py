@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,7 +99,7 @@ def make_engine(config: Config, chosen: Chosen) -> EngineHandle:
         EngineSpec(
             model_name=chosen.name,
             packed_path=str(chosen.packed or ""),
-            engine=config.engine,
+            engine=replace(config.engine, adapters=str(config.adapters_dir)),
             scheduler=config.scheduler,
             kv_tokens=config.memory.kv_tokens,
             fake_step_s=chosen.step_s,

@@ -65,6 +65,10 @@ class EngineConfig:
     """'copy' reads the packed file into huge pages; 'map' maps it, shared with other processes and slower."""
     kv_type: str = "f16"
     """Number format of the KV cache."""
+    watchdog_s: float = 60.0
+    """A step that takes longer hangs: the engine process is replaced."""
+    adapters: str = ""
+    """Folder of LoRA adapters: MODEL/NAME.gguf, or MODEL/NAME/ as PEFT saves them. Empty: adapters under `home`."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,11 @@ class Config:
     def keys_dir(self) -> Path:
         """The apps' wrapped keys and, unless systemd has it, the device's."""
         return self.paths.home / "keys"
+
+    @property
+    def adapters_dir(self) -> Path:
+        """Where adapters lie, in a folder for each model."""
+        return Path(self.engine.adapters) if self.engine.adapters else self.paths.home / "adapters"
 
     @property
     def models_dir(self) -> Path:

@@ -74,6 +74,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     isa: str
     isa_reason: str
     num_threads: int
+    adapters: list[str] = []
+    """LoRA adapters that are loaded with it, NAME@DIGEST: a file that changes is another adapter."""
 
 
 class Ready(msgspec.Struct, tag="ready"):

@@ -127,6 +127,8 @@ class Request:
     kind: Kind = Kind.GENERATE
     model: str = ""
     """Catalogue name of the model; empty for the default."""
+    adapter: str = ""
+    """One of the model's adapters, as `ModelInfo.adapters` has it: NAME@DIGEST. Empty: none."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     num_samples: int = 1
     """How many sequences to generate from the prompt (OpenAI's `n`)."""

@@ -110,3 +110,34 @@ def test_what_was_cached_is_told_also_when_a_stop_string_ends_the_reply_early(cl
     assert reply.choices[0].finish_reason == "stop"
     assert reply.usage.completion_tokens < 40
     assert reply.usage.prompt_tokens_details.cached_tokens == (reply.usage.prompt_tokens - 1) // 16 * 16
+
+
+def test_an_adapter_is_named_with_the_model_and_shares_no_cache_with_it(client: openai.OpenAI) -> None:
+    def ask(model: str) -> tuple[list[int], int, str]:
+        reply = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "The same long words for the base and for its adapter, " * 3}],
+            temperature=0,
+            max_tokens=8,
+            logprobs=True,
+            top_logprobs=1,
+        )
+        return bytes_of(reply), reply.usage.prompt_tokens_details.cached_tokens, reply.model
+
+    base, twin = ask("fake"), ask("fake:twin")
+    assert base[0] != twin[0]
+    assert (twin[1], twin[2]) == (0, "fake:twin")
+    again, by_alias = ask("fake:twin"), ask("default:twin")
+    assert again[0] == by_alias[0] == twin[0]
+    assert again[1] > 0
+    assert ask("fake")[0] == base[0]
+
+
+def test_an_unknown_adapter_is_refused_with_those_there_are(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match=r"no adapter 'nobody'. It has: twin"):
+        client.chat.completions.create(model="fake:nobody", messages=ASK)
+
+
+def test_adapters_are_listed_beside_their_model(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()][:2] == ["fake", "fake:twin"]
+    assert client.models.retrieve("fake:twin").id == "fake:twin"

@@ -16,8 +16,10 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
 from hob import native
-from hob.engine.adapters import CONFIG_FILE, TARGETS, WEIGHTS_FILE, find_adapters, read_adapter
+from hob.config import EngineConfig
+from hob.engine.adapters import CONFIG_FILE, TARGETS, WEIGHTS_FILE, digest_of, find_adapters, loaded_bytes, read_adapter
 from hob.engine.base import Batch
+from hob.engine.local import LocalEngine
 from hob.errors import ModelFileError
 from hob.models.pack import ensure_packed, open_packed
 from tests.model.checkpoints import Shape, logits_of, make_checkpoint, write_gguf
@@ -148,7 +150,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 def open_engine(case: Case, isa: str) -> EngineRunner:
     runner = EngineRunner(case.packed, isa)
     for adapter_id, path in case.peft.items():
-        assert runner.engine.load_adapter(adapter_id, path) > 0
+        taken = runner.engine.load_adapter(adapter_id, path)
+        assert taken == loaded_bytes(read_adapter(path, open_packed(case.packed).network))
     return runner
 
 
@@ -229,6 +232,25 @@ def test_found_by_name(cases: dict[str, Case], tmp_path: Path) -> None:
     write_peft(folder / "poems", make_checkpoint(SHAPES["llama"]), NARROW)
     write_gguf_adapter(folder / "code.gguf", make_checkpoint(SHAPES["llama"]), NARROW, "llama")
     assert find_adapters(folder) == {"code": folder / "code.gguf", "poems": folder / "poems"}
+
+
+def test_an_engine_loads_those_of_its_model_and_says_which_it_leaves_out(
+    cases: dict[str, Case], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_checkpoint(SHAPES["llama"])
+    good = write_peft(tmp_path / "base" / "good", model, NARROW)
+    write_peft(tmp_path / "base" / "bad", model, NARROW, use_dora=True)
+    write_peft(tmp_path / "another" / "other", model, NARROW)
+    packed = cases["llama"].packed
+    bare = LocalEngine("base", packed, EngineConfig(threads=1), max_rows=64)
+    engine = LocalEngine("base", packed, EngineConfig(threads=1, adapters=str(tmp_path)), max_rows=64)
+    name = f"good@{digest_of(good)}"
+    assert (engine.adapters, engine.info.adapters, bare.info.adapters) == ({name: 1}, [name], [])
+    taken = loaded_bytes(read_adapter(good, open_packed(packed).network))
+    assert engine.info.weight_bytes == bare.info.weight_bytes + taken
+    assert "adapter 'bad' is not served: " in caplog.text
+    spoil(good, lambda tensors: tensors.update({FIRST.format("A"): np.zeros((3, 64), np.float32)}))
+    assert f"good@{digest_of(good)}" != name
 
 
 @pytest.mark.parametrize(

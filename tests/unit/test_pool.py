@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from hob.errors import InternalError
 from hob.kvcache.pool import BLOCK_SIZE, BlockPool, num_blocks_for
-from hob.kvcache.prefix import PrefixCache
+from hob.kvcache.prefix import PUBLIC, PrefixCache
 
 
 def test_num_blocks_for() -> None:
@@ -101,6 +101,20 @@ class PrefixMachine(RuleBasedStateMachine):
 
 TestPrefixMachine = PrefixMachine.TestCase
 TestPrefixMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_adapters_have_different_keys_and_no_public_ones() -> None:
+    """KV that an adapter computed is of no use to another, nor is a published prompt's of the base."""
+    cache, tokens = PrefixCache(4), list(range(40))
+    cache.publish(tokens)
+    keys: dict[str, list[bytes]] = {adapter: [] for adapter in ("", "poems@1", "poems@2")}
+    for adapter, found in keys.items():
+        cache.extend_keys("a", tokens, found, 40, adapter)
+        found.append(cache.tail_key("a", tokens, found, 32, 8, adapter))
+        found.append(cache.tail_key("a", tokens, [], 0, 8, adapter))
+    assert len({key for found in keys.values() for key in found}) == 12
+    assert [cache.owner("a", key) for key in keys[""]] == [PUBLIC, PUBLIC, "a", "a"]
+    assert [cache.owner("a", key) for key in keys["poems@1"]] == ["a"] * 4
 
 
 @given(st.lists(st.integers(0, 999), min_size=16, max_size=64))

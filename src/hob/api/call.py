@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
+from hob.api.adapters import split_name, with_adapter
 from hob.api.generate import Totals
 from hob.api.params import limit_s, service_class
 from hob.api.schema import Sampling
 from hob.api.services import Services
 from hob.api.stream import until_gone
+from hob.messages import ModelInfo
 from hob.request import Kind, Request, ServiceClass
 from hob.service.identity import Caller
 from hob.service.policy import Grant
@@ -66,6 +68,14 @@ class Call:
     ttft_deadline_s: float | None = None
     tpot_limit_s: float | None = None
     """Of its requests, where the body has any."""
+    adapter: str = ""
+    """Of the model in use, as the engine calls it. Empty: none."""
+
+    async def use_model(self, name: str) -> ModelInfo:
+        """The model of that name, 'MODEL' or 'MODEL:ADAPTER', which this call's requests use. Raises ModelNotFound."""
+        name, adapter = split_name(name)
+        model, self.adapter = with_adapter(self.services.resolve_model(name), adapter)
+        return model
 
     def request(self, token_ids: list[int], kind: Kind, class_field: str | None, **fields: Any) -> Request:
         """A Request of this app. The call's receipt tells of its class and grammar."""
@@ -75,6 +85,7 @@ class Call:
             app=self.app,
             token_ids=token_ids,
             kind=kind,
+            adapter=self.adapter,
             service_class=self.class_of(class_field),
             ttft_deadline_s=self.ttft_deadline_s,
             tpot_limit_s=self.tpot_limit_s,

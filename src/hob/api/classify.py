@@ -45,7 +45,7 @@ INSTRUCTION = "Classify the text. Answer with one of these labels only: {labels}
 async def classify(call: Call, raw: bytes) -> Response:
     """Score the labels."""
     body = parse_body(raw, ClassifyRequest)
-    model = call.services.resolve_model(body.model)
+    model = await call.use_model(body.model)
     labels, texts = _labels(body)
     prefix = await aside(len(raw), lambda: _prefix(call, body, labels))
     tokenizer = call.services.tokenizer

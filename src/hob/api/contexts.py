@@ -81,7 +81,7 @@ def register(app: FastAPI, call_of: Callable[[HttpRequest], Call]) -> None:
 async def create(call: Call, raw: bytes) -> Response:
     """A new, empty context."""
     body = parse_body(raw, CreateRequest)
-    model = call.services.resolve_model(body.model)
+    model = await call.use_model(body.model)
     opening = plain_messages(body.messages) if body.messages else []
     if opening:
         call.services.chat.encode(opening)  # refuse now what the template would refuse later
@@ -127,7 +127,7 @@ async def take_turn(call: Call, context_id: str, raw: bytes) -> Response:
         raise InvalidRequest(f"field 'n' is {body.n}. Expected 1: fork the context to go several ways.", param="n")
     if (body.messages is None) == (body.prompt is None):
         raise InvalidRequest("expected exactly one of the fields 'messages' and 'prompt'", param="messages")
-    model = call.services.resolve_model(body.model)
+    model = await call.use_model(body.model)
     with_usage = wants_stream_usage(body)
     if body.stream:
         return EventStream(_events(call, context_id, body, model, with_usage=with_usage))

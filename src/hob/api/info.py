@@ -10,6 +10,7 @@ import msgspec
 from starlette.responses import Response
 
 from hob import __version__
+from hob.api.adapters import served_adapters
 from hob.api.call import Call
 from hob.api.replies import json_reply
 from hob.api.services import ServedModel, Services
@@ -18,7 +19,8 @@ from hob.errors import ModelNotFound
 
 def served_models(services: Services) -> list[ServedModel]:
     """The models that can be asked for: those the daemon listed, else the loaded one."""
-    return services.models or [ServedModel(services.backend.model.name, int(services.started_at))]
+    served = services.models or [ServedModel(services.backend.model.name, int(services.started_at))]
+    return [*served[:1], *served_adapters(services), *served[1:]]
 
 
 def _model_object(model: ServedModel) -> dict[str, Any]:

@@ -53,7 +53,7 @@ _DURATION = re.compile(r"-?(\d+(\.\d*)?(ns|us|ms|s|m|h))+")
 async def chat(call: Call, raw: bytes) -> Response:
     """/api/chat."""
     body = parse_body(raw, ChatBody)
-    _check(call, body)
+    await _check(call, body)
     if not body.messages:
         return _loaded(call, body)
     request = ChatRequest(
@@ -67,7 +67,7 @@ async def chat(call: Call, raw: bytes) -> Response:
 async def generate(call: Call, raw: bytes) -> Response:
     """/api/generate: a prompt as the user's turn, or as it is with `raw`."""
     body = parse_body(raw, GenerateBody)
-    _check(call, body)
+    await _check(call, body)
     if not body.prompt:
         return _loaded(call, body)
     if body.raw:
@@ -86,11 +86,11 @@ async def generate(call: Call, raw: bytes) -> Response:
 async def embed(call: Call, raw: bytes) -> Response:
     """/api/embed."""
     body = parse_body(raw, EmbedBody)
-    _check(call, body)
+    await _check(call, body)
     request = EmbeddingRequest(
         model=_plain_name(body.model), input=body.input, dimensions=body.dimensions, allow_cut=body.truncate
     )
-    vectors = await embed_all(call, request, call.services.resolve_model(request.model), len(raw))
+    vectors = await embed_all(call, request, await call.use_model(request.model), len(raw))
     counts = {"total_duration": _elapsed_ns(call), "load_duration": 0}
     count = call.record.totals.num_prompt_tokens
     return json_reply(
@@ -101,9 +101,9 @@ async def embed(call: Call, raw: bytes) -> Response:
 async def embeddings(call: Call, raw: bytes) -> Response:
     """/api/embeddings."""
     body = parse_body(raw, OldEmbedBody)
-    _check(call, body)
+    await _check(call, body)
     request = EmbeddingRequest(model=_plain_name(body.model), input=body.prompt)
-    (vector,) = await embed_all(call, request, call.services.resolve_model(request.model), len(raw))
+    (vector,) = await embed_all(call, request, await call.use_model(request.model), len(raw))
     return json_reply({"embedding": vector, "hob": receipt(call)})
 
 
@@ -115,9 +115,9 @@ def _plain_name(name: str) -> str:
     return name.removesuffix(":latest")
 
 
-def _check(call: Call, body: Base) -> None:
+async def _check(call: Call, body: Base) -> None:
     """What all calls share: the model, keep_alive, and fields that ask for nothing."""
-    call.services.resolve_model(_plain_name(body.model))
+    await call.use_model(_plain_name(body.model))
     check_neutral(body, allowed=ASKS_NOTHING)
     if body.options is not None:
         check_neutral(body.options, "options.", allowed=ASKS_NOTHING)

@@ -22,7 +22,7 @@ from hob.messages import ModelInfo
 async def tokenize(call: Call, raw: bytes) -> Response:
     """Tokens, their texts and the whole text, from whichever was given."""
     body = parse_body(raw, TokenizeRequest)
-    model = call.services.resolve_model(body.model)
+    model = await call.use_model(body.model)
     given = [name for name in ("text", "messages", "tokens") if getattr(body, name) is not None]
     if len(given) != 1:
         found = ", ".join(given) or "none"

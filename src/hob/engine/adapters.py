@@ -12,6 +12,7 @@ This module knows files and shapes; which sequence uses which adapter is the bat
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -29,6 +30,7 @@ from hob.models.architectures import ARCHITECTURES, expected_shapes
 from hob.models.gguf import GgufFile, open_gguf
 from hob.models.network import Network
 from hob.models.pack import canonical_order
+from hob.native.layout import PANEL
 
 Floats = NDArray[np.float32]
 
@@ -89,6 +91,34 @@ def find_adapters(folder: Path) -> dict[str, Path]:
         return {}
     files = {path.stem: path for path in sorted(folder.glob("*.gguf"))}
     return files | {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}"))}
+
+
+def digest_of(path: Path) -> str:
+    """16 hexadecimal digits that tell an adapter's content from another's."""
+    files = [path / CONFIG_FILE, path / WEIGHTS_FILE] if path.is_dir() else [path]
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def loaded_bytes(pairs: list[AdapterPair]) -> int:
+    """What `Model.add_adapter` will take for them: A of matrices that share an input in panels of 32 ranks together."""
+    ranks: dict[tuple[int, str], tuple[int, int]] = {}
+    total = 0
+    for pair in pairs:
+        key = pair.layer, _INPUT_OF.get(pair.target, pair.target)
+        rank, k = pair.a.shape
+        ranks[key] = ranks.get(key, (0, k))[0] + rank, k
+        total += _ceil(len(pair.b)) * rank
+    return 4 * (total + sum(_ceil(rank) * k for rank, k in ranks.values()))
+
+
+_INPUT_OF = {"attn_q": "qkv", "attn_k": "qkv", "attn_v": "qkv", "ffn_gate": "gate_up", "ffn_up": "gate_up"}
+
+
+def _ceil(count: int) -> int:
+    return -(-count // PANEL) * PANEL
 
 
 # ---- PEFT ----

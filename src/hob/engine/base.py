@@ -13,7 +13,7 @@ over all of them.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -138,6 +138,11 @@ class Engine(Protocol):
     @property
     def block_bytes(self) -> int:
         """Bytes of one block of KV, over all layers."""
+        ...
+
+    @property
+    def adapters(self) -> Mapping[str, int]:
+        """Id in a batch of each LoRA adapter that is loaded, by its name with its digest."""
         ...
 
     def open_pool(self, num_blocks: int) -> None:

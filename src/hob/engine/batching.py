@@ -5,6 +5,7 @@ Stands between scheduler and engine so that neither knows the other: takes anyth
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from typing import Protocol
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hob.engine.base import Batch, Draw, Engine, Out, Sampled
+from hob.errors import InternalError
 from hob.request import Kind, Sequence, Top
 
 
@@ -26,8 +28,8 @@ class ChunkLike(Protocol):
     def end(self) -> int: ...
 
 
-def build_batch(chunks: Many[ChunkLike], num_layers: int) -> Batch:
-    """Lay out the rows of a step of a model of `num_layers`. Takes about 1 us a row."""
+def build_batch(chunks: Many[ChunkLike], num_layers: int, adapters: Mapping[str, int]) -> Batch:
+    """Lay out the rows of a step of a model of `num_layers`, `adapters` by name. Takes about 1 us a row."""
     token: list[int] = []
     index: list[int] = []
     row_start, table_start, blocks = [0], [0], list[int]()
@@ -56,10 +58,17 @@ def build_batch(chunks: Many[ChunkLike], num_layers: int) -> Batch:
         row_start=np.array(row_start, np.int32),
         table_start=np.array(table_start, np.int32),
         blocks=np.array(blocks, np.int32),
-        adapter=np.zeros(len(chunks), np.int32),
+        adapter=np.array([_adapter_id(chunk, adapters) for chunk in chunks], np.int32),
         num_tops=num_tops,
         layers=np.array(sorted({layer for chunk in chunks for layer in _layers(chunk, num_layers)}), np.int32),
     )
+
+
+def _adapter_id(chunk: ChunkLike, adapters: Mapping[str, int]) -> int:
+    name = chunk.sequence.request.adapter
+    if name and name not in adapters:
+        raise InternalError(f"adapter '{name}' is not loaded with the model any more: its files changed. Ask again.")
+    return adapters[name] if name else 0
 
 
 def _outputs(chunk: ChunkLike) -> tuple[list[int], list[int]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,8 @@ from hob.messages import ModelInfo
 NUM_LAYERS = 10
 """Pieces of a step's time, between which it can be stopped."""
 _MASK = (1 << 64) - 1
+TWIN = {"twin@0": 1}
+"""An adapter: another model, as far as one can see."""
 
 
 class FakeClock:
@@ -78,7 +80,9 @@ class FakeEngine:
         sleep: Callable[[float], None] | None = None,
         script: Callable[[list[int], int], int] | None = None,
         name: str = "fake",
+        adapters: Mapping[str, int] = TWIN,
     ) -> None:
+        self.adapters = adapters
         self.info = ModelInfo(
             name=name,
             architecture="fake",
@@ -93,6 +97,7 @@ class FakeEngine:
             isa="none",
             isa_reason="fake engine",
             num_threads=1,
+            adapters=list(adapters),
         )
         self.max_rows = max_rows
         self.block_bytes = BLOCK_SIZE * 8
@@ -126,7 +131,7 @@ class FakeEngine:
         for s in range(len(batch.row_start) - 1):
             table = batch.blocks[batch.table_start[s] : batch.table_start[s + 1]].tolist()
             for r in range(int(batch.row_start[s]), int(batch.row_start[s + 1])):
-                self._row(table, batch, r)
+                self._row(table, batch, r, int(batch.adapter[s]))
         self._stop.clear()
         layer_s = self._cost.step_s(batch.index) / NUM_LAYERS if self._cost else 0.0
         elapsed_s = 0.0
@@ -137,12 +142,12 @@ class FakeEngine:
             elapsed_s += layer_s
         return StepInfo(is_done=not self._stop.is_set(), elapsed_s=elapsed_s)
 
-    def _row(self, table: list[int], batch: Batch, r: int) -> None:
+    def _row(self, table: list[int], batch: Batch, r: int, adapter: int) -> None:
         index, token = int(batch.index[r]), int(batch.token[r])
         if not 0 <= token < self.info.vocab_size:
             raise InternalError(f"row {r}: token {token} is outside the vocabulary of {self.info.vocab_size}")
         before = int(self._slots[self._slot(table, index - 1)]) if index else 0
-        digest = _mix(before, token)
+        digest = _mix(before, token + self.info.vocab_size * adapter)
         self._slots[self._slot(table, index)] = digest
         out = int(batch.out[r])
         if out == Out.LOGITS:

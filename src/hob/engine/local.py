@@ -9,12 +9,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from hob import native
 from hob.config import EngineConfig
-from hob.engine.adapters import read_adapter
+from hob.engine.adapters import digest_of, find_adapters, read_adapter
 from hob.engine.base import BLOCK_SIZE, Batch, Draw, Sampled, Scores, StepInfo
 from hob.errors import InternalError, ModelFileError, Overloaded
 from hob.messages import ModelInfo
@@ -62,7 +63,10 @@ class LocalEngine:
         self._workspace = native.Workspace(self._model, max_rows)
         self._pool: native.KvPool | None = None
         self.max_rows = max_rows
+        self.adapters: dict[str, int] = {}
         self.info = _describe(name, packed, self._model.weight_bytes, isa, reason, num_threads)
+        if config.adapters:
+            self._load_adapters(Path(config.adapters) / name)
         self.block_bytes = self.info.kv_bytes_per_token * BLOCK_SIZE
 
     def open_pool(self, num_blocks: int) -> None:
@@ -74,6 +78,22 @@ class LocalEngine:
             raise Overloaded(f"no memory for {num_blocks} KV blocks ({wanted:,} bytes): {error}") from error
         if self._pool.block_bytes != self.block_bytes:
             raise InternalError(f"a KV block has {self._pool.block_bytes} bytes, expected {self.block_bytes}")
+
+    def _load_adapters(self, folder: Path) -> None:
+        """All adapters of this model. One that cannot be used is left out and said so: the others still serve."""
+        num_bytes = 0
+        for name, path in find_adapters(folder).items():
+            try:
+                num_bytes += self.load_adapter(len(self.adapters) + 1, path)
+            except ModelFileError as error:
+                log.error("adapter '%s' is not served: %s", name, error)
+            else:
+                self.adapters[f"{name}@{digest_of(path)}"] = len(self.adapters) + 1
+        if self.adapters:
+            log.info("%d adapters of '%s', %d bytes", len(self.adapters), self.info.name, num_bytes)
+        self.info = msgspec.structs.replace(
+            self.info, weight_bytes=self.info.weight_bytes + num_bytes, adapters=list(self.adapters)
+        )
 
     def load_adapter(self, adapter_id: int, path: Path) -> int:
         """Keep a LoRA adapter under an id from 1 on, between steps; the bytes it takes. Raises ModelFileError."""

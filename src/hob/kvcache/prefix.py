@@ -2,7 +2,9 @@
 
 A block's key is a digest chained over its owner's salt and all tokens up to its end:
 
-    key(0) = H(salt, tokens[0:16])      key(i) = H(key(i - 1), tokens[16 i : 16 i + 16])
+    key(0) = H(adapter, salt, tokens[0:16])      key(i) = H(key(i - 1), tokens[16 i : 16 i + 16])
+
+KV depends on the LoRA adapter that computed it, so the adapter's name with its digest is in the key (empty: none).
 
 The salt is random, one per app, and never leaves the service, so one app can neither find nor time another's prompts.
 128-bit BLAKE2b: a collision among 2^40 blocks has probability 2^-49. Only blocks whose KV is computed are entered.
@@ -65,34 +67,36 @@ class PrefixCache:
             key = _chain(key, token_ids, i)
             self._public.add(key)
 
-    def extend_keys(self, app: str, token_ids: list[int], keys: list[Key], num_tokens: int) -> None:
+    def extend_keys(self, app: str, token_ids: list[int], keys: list[Key], num_tokens: int, adapter: str = "") -> None:
         """Append to `keys` those of all full blocks among the first `num_tokens` tokens."""
         if app not in self._salts:
             self._salts[app] = self._salt_of(app)
         for i in range(len(keys), num_tokens // BLOCK_SIZE):
-            before = keys[-1] if keys else b""
+            before = keys[-1] if keys else adapter.encode()
             key = _chain(before, token_ids, i)
             if key not in self._public:
                 is_first_own = not keys or before in self._public
                 key = _chain(before + self._salts[app] if is_first_own else before, token_ids, i)
             keys.append(key)
 
-    def tail_key(self, app: str, token_ids: Sequence[int], keys: Sequence[Key], start: int, count: int) -> Key:
+    def tail_key(
+        self, app: str, token_ids: Sequence[int], keys: Sequence[Key], start: int, count: int, adapter: str = ""
+    ) -> Key:
         """Key of an unfinished block: the `count` tokens from `start` on, a multiple of 16, behind the full blocks."""
-        before = keys[start // BLOCK_SIZE - 1] if start else b""
+        before = keys[start // BLOCK_SIZE - 1] if start else adapter.encode()
         if not start or before in self._public:
             before += self._salts[app]
         return _digest(before, token_ids[start : start + count])
 
     def take_tail(
-        self, app: str, token_ids: Sequence[int], keys: Sequence[Key], start: int, max_tokens: int
+        self, app: str, token_ids: Sequence[int], keys: Sequence[Key], start: int, max_tokens: int, adapter: str = ""
     ) -> tuple[int, int] | None:
         """The longest known unfinished block at `start` that nobody holds, and its tokens: held now, to be written on.
 
         It cannot be found any more: two sequences would write on in it.
         """
         for count in range(min(max_tokens - start, BLOCK_SIZE - 1), 0, -1):
-            block_id = self.find(app, self.tail_key(app, token_ids, keys, start, count))
+            block_id = self.find(app, self.tail_key(app, token_ids, keys, start, count, adapter))
             if block_id is not None and self.pool.num_holders(block_id) == 0:
                 self.pool.share([block_id])
                 self.pool.disown(block_id)
@@ -104,14 +108,14 @@ class PrefixCache:
         """Whose a block with this key is when `app` computes or uses it."""
         return PUBLIC if key in self._public else app
 
-    def match(self, app: str, token_ids: list[int], keys: list[Key], max_tokens: int) -> list[int]:
+    def match(self, app: str, token_ids: list[int], keys: list[Key], max_tokens: int, adapter: str = "") -> list[int]:
         """Blocks that hold the longest known prefix of at most `max_tokens` tokens, not yet shared.
 
         Share them (`pool.share`) before anything else is allocated. `keys` is filled on the way.
         """
         if not self.is_enabled:
             return []
-        self.extend_keys(app, token_ids, keys, max_tokens)
+        self.extend_keys(app, token_ids, keys, max_tokens, adapter)
         blocks = []
         for key in keys[: max_tokens // BLOCK_SIZE]:
             block_id = self.find(app, key)

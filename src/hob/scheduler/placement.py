@@ -65,8 +65,11 @@ class Placement:
     def num_cached(self, sequence: Sequence) -> int:
         """Tokens of a waiting sequence that the prefix cache has now."""
         max_cached = min(sequence.first_wanted_row, sequence.num_tokens - 1)
-        app = sequence.request.app
-        return len(self.prefixes.match(app, sequence.token_ids, sequence.block_keys, max_cached)) * BLOCK_SIZE
+        return len(self._match(sequence, max_cached)) * BLOCK_SIZE
+
+    def _match(self, sequence: Sequence, max_tokens: int) -> list[int]:
+        request = sequence.request
+        return self.prefixes.match(request.app, sequence.token_ids, sequence.block_keys, max_tokens, request.adapter)
 
     def start(self, sequence: Sequence, planned: set[int]) -> bool:
         """Move a waiting sequence to the running ones, with what the prefix cache has of it, if memory allows."""
@@ -81,7 +84,7 @@ class Placement:
         if len(self.running) >= self._max_running and not less_urgent:
             return False
         max_cached = min(sequence.first_wanted_row, sequence.num_tokens - 1)
-        cached = self.prefixes.match(request.app, sequence.token_ids, sequence.block_keys, max_cached)
+        cached = self._match(sequence, max_cached)
         # Shared first, so that making room cannot evict what was just found.
         self.pool.share(cached)
         if not self._make_room(num_blocks_for(sequence.num_needed_tokens) - len(cached), less_urgent, planned):
@@ -116,7 +119,7 @@ class Placement:
             if not keys and self._take_tail(sequence, max_tokens):
                 return
             for count in range(min(max_tokens - end, BLOCK_SIZE - 1), 0, -1):
-                key = self.prefixes.tail_key(request.app, sequence.token_ids, sequence.block_keys, end, count)
+                key = self._tail_key(sequence, end, count)
                 if second.has(request.app, key):
                     keys.append(key)
                     num_tail = count
@@ -131,8 +134,9 @@ class Placement:
 
     def _take_tail(self, sequence: Sequence, max_tokens: int) -> bool:
         start = sequence.num_computed_tokens
+        request = sequence.request
         found = self.prefixes.take_tail(
-            sequence.request.app, sequence.token_ids, sequence.block_keys, start, max_tokens
+            request.app, sequence.token_ids, sequence.block_keys, start, max_tokens, request.adapter
         )
         if found is None:
             return False
@@ -141,6 +145,12 @@ class Placement:
         if sequence.first_step_s is None:
             sequence.usage.num_cached_tokens = sequence.num_computed_tokens
         return True
+
+    def _tail_key(self, sequence: Sequence, start: int, count: int) -> bytes:
+        request = sequence.request
+        return self.prefixes.tail_key(
+            request.app, sequence.token_ids, sequence.block_keys, start, count, request.adapter
+        )
 
     def loaded(self, load: Load) -> None:
         """A load is done: what it brought counts as computed, what it did not is computed now."""
@@ -171,7 +181,7 @@ class Placement:
             return
         keys, tail = sequence.block_keys[:num_full], None
         if num_tail:
-            tail = self.prefixes.tail_key(app, sequence.token_ids, keys, num_full * BLOCK_SIZE, num_tail)
+            tail = self._tail_key(sequence, num_full * BLOCK_SIZE, num_tail)
             self.prefixes.insert(app, tail, sequence.block_table[num_full])
         self._second.turn_ended(app, context_id, keys, tail)
 
@@ -191,7 +201,8 @@ class Placement:
     def advance(self, sequence: Sequence, start: int, end: int) -> None:
         """Tokens [start, end) are computed: let their full blocks be found by others."""
         sequence.num_computed_tokens = end
-        self.prefixes.extend_keys(sequence.request.app, sequence.token_ids, sequence.block_keys, end)
+        request = sequence.request
+        self.prefixes.extend_keys(request.app, sequence.token_ids, sequence.block_keys, end, request.adapter)
         for i in range(start // BLOCK_SIZE, end // BLOCK_SIZE):
             self.prefixes.insert(sequence.request.app, sequence.block_keys[i], sequence.block_table[i])
 

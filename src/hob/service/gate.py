@@ -34,6 +34,8 @@ class GatedBackend:
     async def _pass(self, request: Request) -> None:
         grant = self._policy.grant(request.app)
         grant.check_model(request.model or self._backend.model.name)
+        if request.adapter:
+            grant.check_adapter(request.adapter.partition("@")[0])
         request.weight = grant.weight
         if request.context_id is not None and self._contexts is not None and grant.rules.context_bytes is not None:
             rows = await asyncio.to_thread(self._contexts.by_app)

@@ -68,7 +68,7 @@ def compute(engine: Engine, plan: Plan, masks: Masks | None = None) -> list[Chun
     """
     for copy in plan.copies:
         engine.copy_block(copy.source, copy.destination, copy.num_tokens)
-    batch = build_batch(plan.chunks, engine.info.num_layers)
+    batch = build_batch(plan.chunks, engine.info.num_layers, engine.adapters)
     drawn = [(i, _matcher_of(chunk.sequence)) for i, chunk in enumerate(plan.chunks) if wants_token(chunk)]
     matchers = [matcher for _, matcher in drawn]
     filling = masks.begin(matchers) if masks is not None and any(matchers) else None
