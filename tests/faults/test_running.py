@@ -44,6 +44,17 @@ def test_an_engine_killed_in_the_middle_ends_the_stream_with_an_error_and_is_rep
     assert slow.process.poll() is None
 
 
+def test_a_step_that_hangs_ends_with_an_error_and_the_engine_is_replaced() -> None:
+    """Steps of an hour. Two seconds are far more than an engine needs to start, so nothing here depends on speed."""
+    with running(model="fake:3600000", watchdog_s=2) as daemon, daemon.client() as client:
+        engine = daemon.engine_pid
+        with pytest.raises(EngineUnavailable, match=rf"pid {engine}\) died: a step hung"):
+            client.chat("hello", max_tokens=3)
+        until(lambda: daemon.log.count("ready in") == 2, "another engine")
+        assert "a step hangs" in daemon.log
+        assert daemon.process.poll() is None
+
+
 def test_a_daemon_killed_in_the_middle_takes_its_engine_along_and_can_be_restarted() -> None:
     with running(model="fake:5") as daemon:
         engine = daemon.engine_pid

@@ -37,6 +37,7 @@ from hob.request import Request
 from hob.service.connection import EngineConnection
 from hob.service.loop import EngineSpec
 from hob.service.outputs import Outputs
+from hob.service.watchdog import HUNG_STATUS
 
 log = logging.getLogger("hob.service")
 
@@ -246,6 +247,8 @@ class EngineHandle:
 
 
 def _describe(returncode: int) -> str:
+    if returncode == HUNG_STATUS:
+        return "a step hung"
     if returncode >= 0:
         return f"exit status {returncode}"
     return f"signal {-returncode} ({signal.Signals(-returncode).name})"

@@ -21,12 +21,20 @@ from hob.messages import FromEngine, Submit, ToEngine, decode_to_engine, encode_
 from hob.request import ServiceClass
 from hob.scheduler.abandon import StepUnderWay
 from hob.service.frames import FrameSplitter
+from hob.service.watchdog import Watchdog
 
 
 class Inbox:
     """Messages as they come. `receive` and `watch` are the loop's; `stop_step` is called by the reading thread."""
 
-    def __init__(self, connection: socket.socket, stop_step: Callable[[], None], clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        stop_step: Callable[[], None],
+        clock: Callable[[], float],
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        self._watchdog = watchdog
         self._connection = connection
         self._stop_step = stop_step
         self._clock = clock
@@ -55,6 +63,8 @@ class Inbox:
 
     def watch(self, step: StepUnderWay | None) -> None:
         """A step begins, or None: it has ended."""
+        if self._watchdog is not None:
+            self._watchdog.watch(step is not None)
         self._step = step
 
     def send(self, message: FromEngine) -> None:

@@ -42,6 +42,7 @@ from hob.service.compiling import Compiled, Compiling
 from hob.service.disk import DiskSpec, open_disk
 from hob.service.inbox import Inbox
 from hob.service.step import run_step
+from hob.service.watchdog import Watchdog
 
 log = logging.getLogger("hob.engine")
 
@@ -200,7 +201,7 @@ def main(fd: int, spec: EngineSpec) -> None:
     log.info("isa: %s (%s), %d threads", info.isa, info.isa_reason, info.num_threads)
     try:
         gc.freeze()  # what startup made stays: no pass over all of it between two steps
-        inbox = Inbox(connection, engine.stop, time.monotonic)
+        inbox = Inbox(connection, engine.stop, time.monotonic, Watchdog(spec.engine.watchdog_s))
         inbox.send(Ready(info, num_blocks, BLOCK_SIZE, time.monotonic() - start))
         Loop(inbox, engine, scheduler, time.monotonic, swap).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
