@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -172,6 +173,7 @@ def run_types(args: argparse.Namespace, model: Path) -> dict[str, Any]:
             with open_gguf(file) as opened:
                 counts = Counter(GGML_TYPES[info.ggml_type].name for info in opened.tensors.values())
             results[kind] = run(args, file) | {"tensors": dict(counts)}
+            print(f"{kind}: {json.dumps(results[kind])}", file=sys.stderr, flush=True)
             for made in Path(name).iterdir():
                 made.unlink()
     return results

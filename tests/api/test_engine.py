@@ -122,6 +122,7 @@ def test_an_adapter_is_named_with_the_model_and_shares_no_cache_with_it(client: 
             logprobs=True,
             top_logprobs=1,
         )
+        assert reply.model_extra["hob"]["model"]["adapter"] == (model.partition(":")[2] or None)
         return bytes_of(reply), reply.usage.prompt_tokens_details.cached_tokens, reply.model
 
     base, twin = ask("fake"), ask("fake:twin")

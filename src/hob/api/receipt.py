@@ -45,7 +45,7 @@ def receipt(call: Call) -> dict[str, Any]:
             "name": model.name,
             "quantisation": model.quantisation,
             "sha256": services.sha256_of(model.name),
-            "adapter": None,
+            "adapter": call.adapter.partition("@")[0] or None,
         },
         "grammar": record.has_grammar,
         "class": record.service_class or ServiceClass.STANDARD.name.lower(),
