@@ -1,6 +1,7 @@
 # make demo     build, install, fetch the default model, show it work
 # make test     lint, types and the whole suite, in the same .venv
 # make lint     ruff and mypy only
+# make test-sanitize   the native tests under ASan with UBSan, and under TSan (a build each)
 # make bench    the engine alone; its peers too with BENCH_ARGS="--peer-python ..."
 # make docs     the pages that are made from the code
 # make wheel    build a wheel and try it in an empty venv
@@ -15,7 +16,7 @@ NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 # A folder's time changes when a file in it comes or goes, which is when an installation must learn of it.
 FOLDERS := $(shell find src -type d -not -name __pycache__)
 
-.PHONY: demo test lint bench docs wheel clean
+.PHONY: demo test test-sanitize lint bench docs wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hob pull smollm2-135m
@@ -28,6 +29,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
+
+test-sanitize: $(VENV)/.test
+	$(BIN)/python -m tests.sanitize
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/engine.py $(or $(BENCH_ARGS),--no-peers)

@@ -9,7 +9,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <optional>
+#include <thread>
 
 #include "arrays.h"
 #include "cpu.h"
@@ -230,6 +232,22 @@ std::tuple<Result1<float>, Result2<int32_t>, Result2<float>> scores(const Worksp
   return {logprobs, copied_rows(w.top_ids, n, k, kMaxTops), copied_rows(w.top_logprobs, n, k, kMaxTops)};
 }
 
+#ifdef HOB_SANITIZE
+// Mistakes on purpose, to see that the sanitizers see them.
+int provoke(const std::string& mistake) {
+  std::vector<int> values(4);
+  volatile int at = 4;
+  if (mistake == "address") return values.data()[at];
+  if (mistake == "undefined") return std::numeric_limits<int>::max() - 4 + at * 2;
+  int shared = 0;
+  const auto race = [&] { ++shared; };
+  std::thread one(race), other(race);
+  one.join();
+  other.join();
+  return shared;
+}
+#endif
+
 }  // namespace
 }  // namespace hob
 
@@ -240,6 +258,9 @@ NB_MODULE(_core, m) {
   m.def("available_isas", &available_isas);
   m.def("uniform", &uniform, "seed"_a, "sample_index"_a, "position"_a);
   bind_kernels(m);
+#ifdef HOB_SANITIZE
+  m.def("provoke", &provoke, "mistake"_a);
+#endif
   m.def("pack_tensor", &pack, "data"_a, "ggml_type"_a, "n"_a, "k"_a);
 
   nb::class_<Model>(m, "Model")
