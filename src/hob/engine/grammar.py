@@ -37,7 +37,7 @@ LIMITS: dict[str, Any] = {
     "step_max_items": 10_000,
     "step_lexer_fuel": 100_000,
     "initial_lexer_fuel": 500_000,
-    "max_lexer_states": 50_000,
+    "max_lexer_states": 20_000,
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
