@@ -120,7 +120,7 @@ std::pair<bool, nb::dict> step(const Model& model, KvPool& pool, Workspace& work
                                const Array<int32_t>& position, const Array<int32_t>& index, const Array<uint8_t>& out,
                                const Array<int32_t>& target, const Array<int32_t>& row_start,
                                const Array<int32_t>& table_start, const Array<int32_t>& blocks,
-                               const Array<int32_t>& adapter, int num_tops, const Array<int32_t>& layers) {
+                               const Array<int32_t>& adapter, int num_tops, const Array<int32_t>& layers, int depth) {
   if (&workspace.model != &model || &pool.model != &model) refuse("the workspace and the pool belong to another model");
   const size_t rows = token.shape(0), sequences = adapter.shape(0);
   const Batch batch = {static_cast<int>(rows),
@@ -137,7 +137,8 @@ std::pair<bool, nb::dict> step(const Model& model, KvPool& pool, Workspace& work
                        adapter.data(),
                        num_tops,
                        layers.data(),
-                       static_cast<int>(layers.shape(0))};
+                       static_cast<int>(layers.shape(0)),
+                       depth == 0 ? model.network.num_layers : depth};
   bool is_done;
   {
     nb::gil_scoped_release release;
@@ -284,7 +285,7 @@ NB_MODULE(_core, m) {
       .def_ro("max_rows", &Workspace::max_rows);
 
   m.def("forward", &step, "model"_a, "pool"_a, "workspace"_a, "token"_a, "position"_a, "index"_a, "out"_a, "target"_a,
-        "row_start"_a, "table_start"_a, "blocks"_a, "adapter"_a, "num_tops"_a, "layers"_a);
+        "row_start"_a, "table_start"_a, "blocks"_a, "adapter"_a, "num_tops"_a, "layers"_a, "depth"_a);
   m.def("sample", &draw, "workspace"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition"_a, "presence"_a,
         "frequency"_a, "seed"_a, "sample_index"_a, "position"_a, "num_logprobs"_a, "history"_a, "history_start"_a,
         "num_generated"_a, "bias_ids"_a, "bias_values"_a, "bias_start"_a, "mask"_a = nb::none());

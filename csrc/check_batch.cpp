@@ -34,6 +34,14 @@ void check_batch(const Batch& b, const Workspace& w, const KvPool& pool) {
   for (int i = 0; i < b.num_kept; ++i)
     if (b.layers[i] <= (i > 0 ? b.layers[i - 1] : -1) || b.layers[i] > w.model.network.num_layers)
       refuse("layers[", i, "] is ", b.layers[i], ", expected ascending numbers of 0..", w.model.network.num_layers);
+  if (b.depth < 1 || b.depth > w.model.network.num_layers)
+    refuse("depth is ", b.depth, ", expected 1..", w.model.network.num_layers);
+  const bool is_all = b.depth == w.model.network.num_layers;
+  if (!is_all && (b.num_kept == 0 || b.layers[b.num_kept - 1] > b.depth))
+    refuse("layers are wanted that depth ", b.depth, " does not reach");
+  for (int r = 0; r < b.num_rows && !is_all; ++r)
+    if (b.out[r] != static_cast<uint8_t>(Out::kNone) && b.out[r] != static_cast<uint8_t>(Out::kHidden))
+      refuse("row ", r, ": out is ", int{b.out[r]}, ", but depth ", b.depth, " gives hidden states only");
   check_starts("row_start", b.row_start, b.num_sequences, b.num_rows, true);
   check_starts("table_start", b.table_start, b.num_sequences, b.num_blocks, false);
   for (int s = 0; s < b.num_sequences; ++s) {

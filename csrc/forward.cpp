@@ -526,7 +526,7 @@ class Step {
 
   bool run_few() {
     const int n = b_.num_rows;
-    for (int layer = 0; layer < net_.num_layers; ++layer) {
+    for (int layer = 0; layer < b_.depth; ++layer) {
       if (is_stopped()) return false;
       const Layer& l = m_.layers[static_cast<size_t>(layer)];
       timed(kQkv, num_units(), [&](int unit, int thread) {
@@ -608,16 +608,16 @@ class Step {
     const auto first_row = [&](int block) {
       return std::min(b_.num_rows, static_cast<int>(int64_t{tiles} * block / blocks) * k_.tile_rows);
     };
-    for (int layer = 0; layer <= net_.num_layers; ++layer) {
+    for (int layer = 0; layer <= b_.depth; ++layer) {
       if (is_stopped()) return false;
       timed(kLayers, blocks, [&](int block, int thread) {
         const int first = first_row(block), count = first_row(block + 1) - first;
-        const bool is_last = layer == net_.num_layers;
+        const bool is_last = layer == b_.depth;
         if (layer > 0 && (!is_last || is_any_needed(first, first + count))) finish_rows(layer - 1, first, count, scratch(thread));
         if (layer > 0) keep(layer, first, first + count);
         if (!is_last) qkv_rows(layer, first, count, scratch(thread));
       });
-      if (layer == net_.num_layers) break;
+      if (layer == b_.depth) break;
       attention(layer);
       if (!m_.layers[static_cast<size_t>(layer)].has_experts()) continue;
       timed(kLayers, blocks, [&](int block, int thread) {

@@ -24,6 +24,7 @@ struct Batch {
   int num_tops;
   const int32_t* layers;       // (num_kept) after which layers HIDDEN rows are kept, ascending; num_layers: the final norm
   int num_kept;
+  int depth;                   // layers to compute; fewer than all: the rows owe kept states only
 };
 
 // False: stopped between two layers. Throws std::invalid_argument for a batch that does not fit (before anything is

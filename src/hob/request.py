@@ -303,6 +303,12 @@ class Sequence:
         return self.num_tokens - 1
 
     @property
+    def is_shallow(self) -> bool:
+        """Whether states of named layers are all that is wanted. The layers above them may then be left out, so its
+        blocks are of no use to others: they never enter the prefix cache."""
+        return self.request.kind is Kind.EMBED and bool(self.request.layers)
+
+    @property
     def num_scorable_tokens(self) -> int:
         """Scores are wanted of tokens [score_from, num_scorable_tokens): never of generated ones."""
         return self.num_prompt_tokens if self.request.kind is Kind.GENERATE else self.num_tokens

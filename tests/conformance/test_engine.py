@@ -208,6 +208,25 @@ def test_states_of_several_layers_come_from_one_pass(engine: Engine, length: int
     assert np.array_equal(every[:1], layers_of(engine, ids[:1], list(range(last + 1))))
 
 
+@pytest.mark.parametrize("length", [3, 50])
+def test_a_pass_may_end_at_a_layer(engine: Engine, length: int) -> None:
+    ids = tokens(length, 13)
+    work = batch((ids, 0, [0, 1, 2, 3]), out=Out.HIDDEN)
+    work.layers, work.depth = np.array([0, 1], np.int32), 1
+    assert engine.forward(work).is_done
+    assert np.array_equal(engine.hidden(), layers_of(engine, ids, [0, 1]))
+
+
+def test_a_pass_that_ends_early_owes_nothing_else(engine: Engine) -> None:
+    if engine.info.num_layers == 1:
+        pytest.skip("the fake has one layer")
+    for out, layers, depth in ((Out.LOGITS, [1], 1), (Out.HIDDEN, [2], 1), (Out.HIDDEN, [], 1), (Out.HIDDEN, [1], 99)):
+        work = batch((tokens(3, 16), 0, [0]), out=out)
+        work.layers, work.depth = np.array(layers, np.int32), depth
+        with pytest.raises(ValueError, match="depth"):
+            engine.forward(work)
+
+
 def test_layers_that_are_not_there_are_refused(engine: Engine) -> None:
     if isinstance(engine, FakeEngine):
         pytest.skip("the fake trusts its batch")

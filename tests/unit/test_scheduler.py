@@ -188,6 +188,16 @@ def test_the_last_token_alone_lets_the_prefix_come_from_the_cache() -> None:
     assert world.last["warm", 0].embedding == world.last["cold", 0].embedding
 
 
+def test_blocks_of_which_layers_may_be_missing_are_not_shared() -> None:
+    world = World()
+    for name in ("cold", "warm"):
+        world.add(name, prompt(64, 6), kind=Kind.EMBED, pools=[Pool("last")], layers=[0])
+        world.run()
+    usage = world.last["warm", 0].usage
+    assert usage is not None
+    assert usage.num_cached_tokens == 0
+
+
 @pytest.mark.parametrize("pool", [Pool("sum"), Pool("mean", 5, 5), Pool("mean", 0, 51), Pool("last", 0, 0)])
 def test_pools_outside_the_prompt_are_refused(pool: Pool) -> None:
     with pytest.raises(InvalidRequest, match="pool"):

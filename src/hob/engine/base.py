@@ -69,6 +69,9 @@ class Batch:
     layers: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     """(L,) after which layers the states of HIDDEN rows are kept, ascending: 0 is the embedding, `num_layers` the final
     norm, the others the residual stream as it is. Empty: the last alone."""
+    depth: int = 0
+    """How many layers to compute. 0: all. Else the rows owe states up to there and nothing else, and the KV they write
+    is good for such rows only."""
 
     @property
     def num_rows(self) -> int:

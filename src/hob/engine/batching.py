@@ -49,6 +49,8 @@ def build_batch(chunks: Many[ChunkLike], num_layers: int, adapters: Mapping[str,
         if sequence.request.prompt_logprobs and Out.SCORE in kinds:
             num_tops = max(num_tops, sequence.request.prompt_logprobs)
     indices = np.array(index, np.int32)
+    layers = sorted({layer for chunk in chunks for layer in _layers(chunk, num_layers)})
+    is_shallow = all(chunk.sequence.is_shallow for chunk in chunks)
     return Batch(
         token=np.array(token, np.int32),
         position=indices,
@@ -60,7 +62,8 @@ def build_batch(chunks: Many[ChunkLike], num_layers: int, adapters: Mapping[str,
         blocks=np.array(blocks, np.int32),
         adapter=np.array([_adapter_id(chunk, adapters) for chunk in chunks], np.int32),
         num_tops=num_tops,
-        layers=np.array(sorted({layer for chunk in chunks for layer in _layers(chunk, num_layers)}), np.int32),
+        layers=np.array(layers, np.int32),
+        depth=max(layers[-1], 1) if is_shallow else 0,
     )
 
 

@@ -125,6 +125,7 @@ class LocalEngine:
             batch.adapter,
             batch.num_tops,
             batch.layers,
+            batch.depth,
         )
         return StepInfo(is_done, time.perf_counter() - start, phase_ns)
 

@@ -81,6 +81,7 @@ def forward(
     adapter: Ints,
     num_tops: int,
     layers: Ints,
+    depth: int,
 ) -> tuple[bool, dict[str, int]]:
     """One step over the rows of an engine.base.Batch. -> (False if stopped between layers, nanoseconds by phase)."""
 

@@ -201,6 +201,8 @@ class Placement:
     def advance(self, sequence: Sequence, start: int, end: int) -> None:
         """Tokens [start, end) are computed: let their full blocks be found by others."""
         sequence.num_computed_tokens = end
+        if sequence.is_shallow:
+            return
         request = sequence.request
         self.prefixes.extend_keys(request.app, sequence.token_ids, sequence.block_keys, end, request.adapter)
         for i in range(start // BLOCK_SIZE, end // BLOCK_SIZE):

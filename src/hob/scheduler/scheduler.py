@@ -245,7 +245,8 @@ class Scheduler:
         self._stats.num_steps += 1
         self._stats.num_rows += plan.work.num_rows
         self._stats.step_s += step_s
-        self.cost.observe(plan.work, step_s)
+        if not all(chunk.sequence.is_shallow for chunk in plan.chunks):
+            self.cost.observe(plan.work, step_s)  # else it may have left out layers
         self._is_spared = self._is_spared and plan.urgent.num_rows > 0
         outputs = []
         shares = [self.cost.share(chunk.start, chunk.num_rows, len(plan.chunks)) for chunk in plan.chunks]
