@@ -41,6 +41,7 @@ WORDS = [
 ]
 LABELS = {"food": "soup", "travel": "train", "money": "invoice", "weather": "storm"}
 NUM_TOKENS = 40
+AT_ONCE = 48
 
 
 def main() -> None:
@@ -78,7 +79,7 @@ def train(client: Client, rows: list[dict[str, str]]) -> Any:
 
 
 def zero_shot(client: Client, texts: list[str]) -> None:
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(lambda text: client.classify(text, list(LABELS)), texts))
 
 

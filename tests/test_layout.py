@@ -29,7 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "service": {"scheduler", "engine", "models", "kvcache", "messages", "request", "errors", "config", "logs"},
     "client": {"request", "errors", "config", "unix_transport"},
     "unix_transport": {"errors", "service"},
-    "tasks": {"client", "errors", "request"},
+    "heads": {"errors"},
+    "tasks": {"client", "heads", "errors", "request"},
     "agents": {"client", "errors", "request"},
 }
 """Package or module -> what it may import beside itself. Those not named here are above all of these."""

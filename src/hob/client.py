@@ -147,6 +147,35 @@ class Client:
         reply = self._post("/v1/embeddings", {"input": input, "encoding_format": "float", **options})
         return [entry["embedding"] for entry in reply["data"]]
 
+    def features(self, input: list[Any], **options: Any) -> Reply:
+        """Hidden states of each text after `layers=`, pooled as `pools=` say: base64 of float32."""
+        return self._post("/hob/v1/features", {"input": input, **options})
+
+    # ---- trained heads ----
+
+    def tasks(self) -> list[Reply]:
+        """This app's trained tasks."""
+        found: list[Reply] = self._get("/hob/v1/tasks")["data"]
+        return found
+
+    def task(self, name: str) -> Reply:
+        """One task: its versions, how far it can be trusted, the training that runs. Raises NotFound."""
+        return self._get(f"/hob/v1/tasks/{name}")
+
+    def train_task(self, name: str, examples: list[Reply], **options: Any) -> Reply:
+        """Begin to train a head from [{"text", "label"}, ...]; `task` says how far it is."""
+        return self._post(f"/hob/v1/tasks/{name}/train", {"examples": examples, **options})
+
+    def run_task(self, name: str, texts: list[str], **options: Any) -> list[Reply]:
+        """Labels of texts by a trained head, with calibrated probabilities."""
+        found: list[Reply] = self._post(f"/hob/v1/tasks/{name}/run", {"texts": texts, **options})["data"]
+        return found
+
+    def delete_task(self, name: str) -> Reply:
+        """Forget a task with all its versions."""
+        with self._errors():
+            return _reply_of(self._http.delete(f"/hob/v1/tasks/{name}"))
+
     def tokenize(self, text: str | None = None, **options: Any) -> Reply:
         """Token ids of a text, of `messages=`, or the text of `tokens=`."""
         return self._post("/hob/v1/tokenize", options if text is None else {"text": text, **options})

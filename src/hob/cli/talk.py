@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,7 +40,7 @@ def run(
     text = sys.stdin.read() if prompt == "-" else prompt
     messages = _with_system(system, [{"role": "user", "content": text}])
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
-    with _connected() as client:
+    with connected() as client:
         if json or not stream:
             reply = client.chat(messages, **options)
             print_json(reply) if json else print(reply["choices"][0]["message"]["content"])
@@ -59,7 +60,7 @@ def chat(system: System = None, max_tokens: MaxTokens = 512, temperature: Temper
     at_terminal = sys.stdin.isatty()
     history = _with_system(system, [])
     num_kept = len(history)
-    with _connected() as client:
+    with connected() as client:
         if at_terminal:
             print("Talk to the model. /reset forgets, /exit leaves.", file=sys.stderr)
         for line in _lines(at_terminal):
@@ -77,8 +78,11 @@ def chat(system: System = None, max_tokens: MaxTokens = 512, temperature: Temper
 
 
 def classify(
-    text: Annotated[str, typer.Argument(help="What to classify. '-' reads it from stdin.")],
     labels: Annotated[str, typer.Option(help="Labels, with commas between them.")],
+    text: Annotated[str | None, typer.Argument(help="What to classify. '-' reads it from stdin.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A .csv, .tsv or .jsonl file instead of a text.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the CSV goes. Unset: to the terminal.")] = None,
+    text_column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
     instruction: Annotated[str | None, typer.Option(help="What the labels are about.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the API's reply as one JSON object.")] = False,
 ) -> None:
@@ -86,12 +90,18 @@ def classify(
 
     \b
     hob classify "The train is late again." --labels travel,food,money
+    hob classify --data messages.csv --labels urgent,later --output sorted.csv
+
+    With examples of your own a trained head does better: see `hob task`.
     """
     from hob.cli.output import print_json
 
     names = [label.strip() for label in labels.split(",") if label.strip()]
     options: dict[str, Any] = {} if instruction is None else {"instruction": instruction}
-    with _connected() as client:
+    with connected() as client:
+        if text is None:
+            _classify_file(client, data, output, text_column, names, options)
+            return
         reply = client.classify(sys.stdin.read() if text == "-" else text, names, **options)
     if json:
         print_json(reply)
@@ -102,8 +112,30 @@ def classify(
         print(f"{entry['label']:{width}}  {entry['probability']:6.3f}  {bar}".rstrip())
 
 
+def _classify_file(
+    client: Client,
+    data: Path | None,
+    output: Path | None,
+    text_column: str,
+    names: list[str],
+    options: dict[str, Any],
+) -> None:
+    """Many at a time: their rows share the engine's steps."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from hob.tasks.files import classify_file
+
+    def one(text: str) -> dict[str, Any]:
+        reply = client.classify(text, names, **options)
+        probability = max(entry["probability"] for entry in reply["labels"])
+        return {"label": reply["label"], "probability": probability}
+
+    with ThreadPoolExecutor(48) as pool:
+        classify_file(data, output, text_column, lambda texts: list(pool.map(one, texts)))
+
+
 @contextlib.contextmanager
-def _connected() -> Iterator[Client]:
+def connected() -> Iterator[Client]:
     """A client of a daemon that runs, started if need be."""
     from hob.cli.background import ensure_daemon
     from hob.config import load_config

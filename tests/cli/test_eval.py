@@ -1,0 +1,128 @@
+"""Zero-shot evaluation and the task commands over a daemon on the fake engine: what is asked, kept and printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hob.errors import UserError
+from hob.tasks import zero_shot
+from hob.tasks.datasets import Example
+from tests.daemons import Daemon, hob, running
+
+EXAMPLES = [
+    Example(f"Message {i} about a prize", "spam") if i % 3 == 0 else Example(f"Message {i} about lunch", "not spam")
+    for i in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    with running(model="fake") as started:
+        yield started
+
+
+class Counting:
+    """A server that counts what it is asked."""
+
+    def __init__(self, server: zero_shot.Server, fail_after: int = 1000) -> None:
+        self.name = server.name
+        self.num_asked = 0
+        self._server, self._fail_after = server, fail_after
+
+    def score(self, prompt: str, words: list[str]) -> zero_shot.Scores:
+        self.num_asked += 1
+        if self.num_asked > self._fail_after:
+            raise UserError("interrupted on purpose")
+        return self._server.score(prompt, words)
+
+
+def test_hob_and_an_echoing_server_say_the_same(daemon: Daemon, tmp_path: Path) -> None:
+    with daemon.client() as client:
+        by_hob = zero_shot.scored("sms", EXAMPLES, zero_shot.HobServer(client), tmp_path, 500)
+    with zero_shot.EchoServer(f"http://127.0.0.1:{daemon.state.port}/v1", "default") as server:
+        by_echo = zero_shot.scored("sms", EXAMPLES, server, tmp_path, 500)
+    assert by_hob.scores.counts.tolist() == by_echo.scores.counts.tolist() == [7.0, 5.0]
+    for name in ("sums", "prior", "premise", "content_free"):
+        assert getattr(by_echo.scores, name) == pytest.approx(getattr(by_hob.scores, name), abs=1e-4)
+
+
+def test_an_interrupted_run_goes_on(daemon: Daemon, tmp_path: Path) -> None:
+    with daemon.client() as client:
+        server = zero_shot.HobServer(client)
+        broken = Counting(server, fail_after=9)
+        with pytest.raises(UserError, match="on purpose"):
+            zero_shot.scored("sms", EXAMPLES, broken, tmp_path, 500)
+        (kept,) = tmp_path.glob("*.jsonl")
+        with kept.open("a") as file:
+            file.write('\n["cut off')
+        whole, again = Counting(server), Counting(server)
+        first = zero_shot.scored("sms", EXAMPLES, whole, tmp_path, 500)
+        assert zero_shot.scored("sms", EXAMPLES[::-1], again, tmp_path, 500).answers() == {
+            name: answers[::-1] for name, answers in first.answers().items()
+        }
+        assert again.num_asked == 0
+        fresh = zero_shot.scored("sms", EXAMPLES, server, tmp_path / "fresh", 500)
+        assert fresh.scores.sums.tolist() == first.scores.sums.tolist()
+
+
+def test_labels_without_words_are_named() -> None:
+    with pytest.raises(UserError, match="urgent"):
+        zero_shot._prompt_of("sms", [Example("a", "urgent")])
+    with pytest.raises(UserError, match="Known: agnews"):
+        zero_shot._prompt_of("unknown", [])
+
+
+def test_prompts_are_whole() -> None:
+    for name, prompt in zero_shot.prompts().items():
+        assert "{text}" in prompt.prompt, name
+        assert len(set(prompt.words.values())) == len(prompt.words), name
+        assert all(word.startswith(" ") for word in prompt.words.values()), name
+        filled = prompt.filled("The <e1>cat</e1> {e2} sat on <e2>it</e2>.", 500)
+        assert "The cat {e2} sat on it." in filled, "what a text says is no field"
+    assert len(zero_shot.shortened("x" * 5000, 100)) == 105
+
+
+def test_the_report(daemon: Daemon, tmp_path: Path) -> None:
+    rows = [{"text": e.text, "label": e.label} for e in EXAMPLES]
+    (tmp_path / "sms.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ("eval", "zero-shot", "--data", str(tmp_path), "--out", str(tmp_path / "out"))
+    done = hob(daemon.home, *words, timeout_s=240)
+    assert done.returncode == 0, done.stderr
+    assert "contextual_calibration" in done.stdout
+    assert "sms: " in done.stderr
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| sms | 6 |" in text
+    assert "Of the variance" in text
+    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_task_commands(daemon: Daemon, tmp_path: Path) -> None:
+    lines = ["text,label", *(f"win a prize {i},spam\nlunch at noon {i},ok" for i in range(30))]
+    (tmp_path / "data.csv").write_text("\n".join(lines))
+    done = hob(daemon.home, "task", "train", "spam", "--data", str(tmp_path / "data.csv"), timeout_s=240)
+    assert done.returncode == 0, done.stderr
+    assert "version 1: macro-F1" in done.stdout
+    assert "spam" in hob(daemon.home, "task", "list").stdout
+    assert "it answers where it is at least" in hob(daemon.home, "task", "show", "spam").stdout
+    out = tmp_path / "out.csv"
+    words = ("task", "run", "spam", "--data", str(tmp_path / "data.csv"), "--output", str(out), "--min-confidence", "0")
+    assert hob(daemon.home, *words).returncode == 0
+    answers = [line.split(",") for line in out.read_text().splitlines()[1:]]
+    assert sum((a[1] == "spam") == ("prize" in a[0]) for a in answers) >= 55
+    assert hob(daemon.home, "task", "run", "spam", "win a prize 3").stdout.strip()
+    assert hob(daemon.home, "task", "rm", "spam").returncode == 0
+    gone = hob(daemon.home, "task", "show", "spam")
+    assert (gone.returncode, "hob task train spam" in gone.stderr) == (2, True)
+
+
+def test_classify_a_file(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("id,text\n1,hello\n2,bye\n")
+    done = hob(daemon.home, "classify", "--data", str(tmp_path / "in.csv"), "--labels", "a,b")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "id,text,label,probability,out_of_domain"
+    assert [line.split(",")[:2] for line in lines[1:]] == [["1", "hello"], ["2", "bye"]]
+    assert "--data" in hob(daemon.home, "classify", "--labels", "a,b").stderr
