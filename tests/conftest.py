@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -11,6 +12,23 @@ from hob.models.catalog import Catalog
 from hob.models.known import DEFAULT_MODEL
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+HAS_TASKS = all(importlib.util.find_spec(name) for name in ("sklearn", "matplotlib"))
+collect_ignore = (
+    []
+    if HAS_TASKS
+    else [
+        "api/test_tasks.py",
+        "cli/test_eval.py",
+        "cli/test_examples.py",
+        "unit/test_heads.py",
+        "unit/test_task_metrics.py",
+    ]
+)
+
+
+def pytest_report_header() -> str | None:
+    """Say what is left out."""
+    return None if HAS_TASKS else "no extra 'tasks' (scikit-learn, matplotlib) here: the tests of heads are left out"
 
 
 @pytest.fixture(scope="session")
