@@ -16,6 +16,9 @@ NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 # A folder's time changes when a file in it comes or goes, which is when an installation must learn of it.
 FOLDERS := $(shell find src -type d -not -name __pycache__)
 
+# Tests start some hundred Python processes: let the first one leave its compiled modules to the others.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-sanitize lint bench docs wheel clean
 
 demo: $(VENV)/.demo

@@ -42,8 +42,8 @@ def attend(slots: NDArray[np.uint64]) -> int:
 class AttentiveEngine(FakeEngine):
     """The fake engine, whose outputs depend on every slot rather than the last."""
 
-    def _row(self, table: list[int], batch: Batch, r: int) -> None:
-        super()._row(table, batch, r)
+    def _row(self, table: list[int], batch: Batch, r: int, adapter: int) -> None:
+        super()._row(table, batch, r, adapter)
         if batch.out[r] == Out.LOGITS:
             index = np.arange(int(batch.index[r]) + 1)
             places = np.array(table)[index // BLOCK_SIZE] * BLOCK_SIZE + index % BLOCK_SIZE

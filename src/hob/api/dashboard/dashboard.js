@@ -364,7 +364,8 @@ function tokenSpan(token) {
   const p = Math.exp(token.logprob);
   const level = p < 0.2 ? " p0" : p < 0.5 ? " p1" : p < 0.8 ? " p2" : "";
   const text = token.bytes ? new TextDecoder().decode(new Uint8Array(token.bytes)) : token.token;
-  const span = make("span", `tok${level}`, text);
+  const blank = /[^\s\p{C}]/u.test(text) ? "" : " blank";  // part of a character, a line break: still to be pointed at
+  const span = make("span", `tok${level}${blank}`, text);
   span.tabIndex = 0;
   for (const kind of ["pointerenter", "click", "focus"]) span.addEventListener(kind, () => inspect(span, token));
   return span;
