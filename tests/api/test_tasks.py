@@ -1,5 +1,5 @@
 """Heads over a real daemon on the fake engine: states, training in the background, serving, versions. The fake's states
-are noise, so what these heads learn they learn from words; `tests/model/test_heads.py` has a model."""
+are noise, so what these heads learn they learn from words."""
 
 from __future__ import annotations
 

@@ -80,6 +80,7 @@ class Call:
     def request(self, token_ids: list[int], kind: Kind, class_field: str | None, **fields: Any) -> Request:
         """A Request of this app. The call's receipt tells of its class and grammar."""
         self.record.has_grammar |= fields.get("grammar") is not None
+        grant = self.record.grant
         return Request(
             request_id=secrets.token_hex(12),
             app=self.app,
@@ -87,6 +88,7 @@ class Call:
             kind=kind,
             adapter=self.adapter,
             service_class=self.class_of(class_field),
+            weight=1.0 if grant is None else grant.weight,
             ttft_deadline_s=self.ttft_deadline_s,
             tpot_limit_s=self.tpot_limit_s,
             **fields,
