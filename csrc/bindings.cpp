@@ -278,11 +278,14 @@ NB_MODULE(_core, m) {
       .def_prop_ro("num_blocks", &KvPool::num_blocks)
       .def("read", &read_block, "block"_a)
       .def("write", &write_block, "block"_a, "data"_a)
-      .def("copy", &KvPool::copy, "source"_a, "destination"_a, "num_tokens"_a);
+      .def("copy", &KvPool::copy, "source"_a, "destination"_a, "num_tokens"_a)
+      .def_ro_static("page_bytes", &kDiscardBytes)
+      .def("discard", &KvPool::discard, "offset"_a, "num_bytes"_a);
 
   nb::class_<Workspace>(m, "Workspace")
       .def(nb::init<const Model&, int>(), "model"_a, "max_rows"_a, nb::keep_alive<1, 2>())
-      .def_ro("max_rows", &Workspace::max_rows);
+      .def_ro("max_rows", &Workspace::max_rows)
+      .def_prop_ro("num_bytes", &Workspace::num_bytes);
 
   m.def("forward", &step, "model"_a, "pool"_a, "workspace"_a, "token"_a, "position"_a, "index"_a, "out"_a, "target"_a,
         "row_start"_a, "table_start"_a, "blocks"_a, "adapter"_a, "num_tops"_a, "layers"_a, "depth"_a);

@@ -45,4 +45,10 @@ void KvPool::copy(int source, int destination, int num_tokens) {
     }
 }
 
+void KvPool::discard(size_t offset, size_t bytes) {
+  if (offset % kDiscardBytes != 0 || bytes % kDiscardBytes != 0 || offset > region_.size() || bytes > region_.size() - offset)
+    refuse("the stretch of ", bytes, " bytes at ", offset, " is not made of whole 2 MB of a pool of ", region_.size(), " bytes");
+  region_.discard(offset, bytes);
+}
+
 }  // namespace hob

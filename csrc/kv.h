@@ -12,6 +12,8 @@
 
 namespace hob {
 
+constexpr size_t kDiscardBytes = size_t{2} << 20;  // a huge page: what the system takes and gives at a time
+
 class KvPool {
  public:
   // Throws std::bad_alloc when the address space cannot be had, std::invalid_argument for a count below 1.
@@ -27,6 +29,9 @@ class KvPool {
   // Throws std::invalid_argument when i is not a block.
   void check(int i) const;
   void copy(int source, int destination, int num_tokens);
+  // Gives the memory of a stretch back; what lies there is zero when it is next touched. Throws std::invalid_argument
+  // unless it is made of whole kDiscardBytes.
+  void discard(size_t offset, size_t bytes);
 
  private:
   int num_blocks_, num_layers_, num_heads_, head_dim_;

@@ -14,13 +14,16 @@ namespace hob {
 class Region {
  public:
   Region() = default;
-  // Anonymous and zero. `is_huge` asks for huge pages. Throws std::bad_alloc with nothing taken.
+  // Anonymous and zero. `is_huge` aligns to huge pages and asks for them. Throws std::bad_alloc with nothing taken.
   static Region anonymous(size_t bytes, bool is_huge);
   // A file's bytes, read-only. Throws std::runtime_error.
   static Region of_file(int fd, size_t bytes, const std::string& path);
   ~Region();
   Region(Region&& other) noexcept;
   Region& operator=(Region&& other) noexcept;
+
+  // Gives memory back to the system; the address space stays and reads as zero.
+  void discard(size_t offset, size_t bytes);
 
   uint8_t* data() const { return data_; }
   size_t size() const { return size_; }

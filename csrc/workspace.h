@@ -107,6 +107,8 @@ class Workspace {
   std::atomic<int> bad_point{-1};  // earliest point with a value that is not finite
   std::atomic<bool> is_stop_requested{false};
 
+  size_t num_bytes() const { return arena_.size(); }  // of address space: logits are touched as far as they are used
+
  private:
   void add_acts(Acts* acts, int k, int rows);
   Arena arena_;

@@ -21,8 +21,14 @@ class TinyShape:
     ffn_size: int = 96
     context_length: int = 2048
     tied_head: bool = True
+    can_serve: bool = False
+    """With what a tokenizer and a chat need: one merge, and a template."""
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 NUM_SPECIAL = 3
 """<unk>, <|im_start|> and <|im_end|> come before the 256 bytes."""
 
@@ -42,7 +48,7 @@ def write_tiny_gguf(path: Path, seed: int = 0, quant: str = "F32", shape: TinySh
     rng = np.random.default_rng(seed)
     out = gguf.GGUFWriter(path, "llama")
     head_dim = shape.hidden_size // shape.num_heads
-    vocab = ["<unk>", "<|im_start|>", "<|im_end|>", *byte_alphabet()]
+    vocab = ["<unk>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), *(["he"] if shape.can_serve else [])]
     out.add_block_count(shape.num_layers)
     out.add_context_length(shape.context_length)
     out.add_embedding_length(shape.hidden_size)
@@ -56,8 +62,10 @@ def write_tiny_gguf(path: Path, seed: int = 0, quant: str = "F32", shape: TinySh
     out.add_tokenizer_model("gpt2")
     out.add_tokenizer_pre("smollm")
     out.add_token_list(vocab)
-    out.add_token_merges([])
-    out.add_token_types([3] * NUM_SPECIAL + [1] * 256)
+    if shape.can_serve:
+        out.add_token_merges(["h e"])
+        out.add_chat_template(CHAT_TEMPLATE)
+    out.add_token_types([3] * NUM_SPECIAL + [1] * (len(vocab) - NUM_SPECIAL))
     out.add_bos_token_id(1)
     out.add_eos_token_id(2)
     out.add_add_bos_token(False)

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hob.config import Config
-from hob.errors import ConfigError, HobError
+from hob.errors import ConfigError, HobError, ModelNotFound
+from hob.messages import ModelSpec
 
 if TYPE_CHECKING:
     import uvicorn
 
     from hob.api.app_sockets import AppSockets
     from hob.api.services import ChatCodec, TextCodec
+    from hob.api.shelf import Installed, Library
     from hob.kvcache.contexts import ContextStore
     from hob.messages import Vocabulary
     from hob.service.handle import EngineHandle
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("hob.daemon")
 
+TEXT_BYTES_PER_HEADER_BYTE = 20
+"""Memory of tokenizer and template over the GGUF header they are read from: 28 MB from SmolLM2's 1.7 MB."""
 FAKE_MODEL = "fake"
 """Serves the fake engine, for tests: 'fake', or 'fake:20' for steps of 20 ms."""
 
@@ -94,6 +98,7 @@ def make_engine(config: Config, chosen: Chosen) -> EngineHandle:
     from hob.service.disk import DiskSpec
     from hob.service.handle import EngineHandle
     from hob.service.loop import EngineSpec
+    from hob.service.pressure import memory_bytes
 
     return EngineHandle(
         EngineSpec(
@@ -102,6 +107,11 @@ def make_engine(config: Config, chosen: Chosen) -> EngineHandle:
             engine=replace(config.engine, adapters=str(config.adapters_dir)),
             scheduler=config.scheduler,
             kv_tokens=config.memory.kv_tokens,
+            text_bytes=text_bytes_of(chosen.gguf),
+            budget_bytes=config.memory.budget_bytes or memory_bytes() // 2,
+            keep_alive_s=config.memory.keep_alive_s,
+            max_keep_alive_s=config.memory.max_keep_alive_s,
+            max_pinned_share=config.memory.max_pinned_share,
             fake_step_s=chosen.step_s,
             fake_vocab_size=VOCAB_SIZE,
             disk=DiskSpec(str(config.contexts_dir), str(config.keys_dir), config.contexts.context_disk_bytes),
@@ -109,9 +119,9 @@ def make_engine(config: Config, chosen: Chosen) -> EngineHandle:
     )
 
 
-def _load_text(chosen: Chosen) -> tuple[TextCodec, ChatCodec]:
-    """Tokenizer and chat template as the model file carries them."""
-    if chosen.gguf is None:
+def _load_text(gguf_path: Path | None) -> tuple[TextCodec, ChatCodec]:
+    """Tokenizer and chat template as the model file carries them. None: the fake engine's."""
+    if gguf_path is None:
         from hob.models.byte_text import ByteChat, ByteTokenizer
 
         return ByteTokenizer(), ByteChat()
@@ -119,16 +129,16 @@ def _load_text(chosen: Chosen) -> tuple[TextCodec, ChatCodec]:
     from hob.models.gguf import open_gguf
     from hob.models.tokenizer import Tokenizer
 
-    with open_gguf(chosen.gguf) as gguf:
+    with open_gguf(gguf_path) as gguf:
         tokenizer = Tokenizer(gguf.metadata)
         return tokenizer, ChatEncoder(read_template(gguf.metadata), tokenizer)
 
 
-def _vocabulary(tokenizer: TextCodec, vocab_size: int) -> Vocabulary:
+def _vocabulary(tokenizer: TextCodec, vocab_size: int, model: str) -> Vocabulary:
     from hob.messages import Vocabulary
 
     tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
-    return Vocabulary(tokens, list(tokenizer.stop_token_ids))
+    return Vocabulary(tokens, list(tokenizer.stop_token_ids), model)
 
 
 def _hashes(config: Config, chosen: Chosen) -> Callable[[str], str | None]:
@@ -147,6 +157,59 @@ def _hashes(config: Config, chosen: Chosen) -> Callable[[str], str | None]:
 
             threading.Thread(target=compute, name="hob-hash", daemon=True).start()
     return found.get
+
+
+def text_bytes_of(gguf_path: Path | None) -> int:
+    """What tokenizer and template will take, by the length of the vocabulary and merges in the file's header."""
+    if gguf_path is None:
+        return 0
+    from hob.models.gguf import open_gguf
+
+    with open_gguf(gguf_path) as gguf:
+        return TEXT_BYTES_PER_HEADER_BYTE * gguf.data_offset
+
+
+def _library(config: Config) -> Library:
+    """The models on this machine, for those that requests name."""
+    from hob.api.shelf import Installed, Library
+    from hob.models.catalog import Catalog
+    from hob.models.pack import ensure_packed
+
+    catalog = Catalog(config.models_dir)
+
+    def installed() -> list[Installed]:
+        return [
+            Installed(record.name, record.size_bytes, int(Path(record.path).stat().st_mtime))
+            for record in catalog.list()
+            if record.path is not None
+        ]
+
+    def resolve(name: str) -> str:
+        if looks_like_path(name):
+            raise not_installed(name, installed())
+        try:
+            return catalog.resolve(name).stem
+        except ModelNotFound:
+            raise not_installed(name, installed()) from None
+
+    def prepare(name: str) -> ModelSpec:
+        gguf = catalog.resolve(name)
+        return ModelSpec(name, str(ensure_packed(gguf, _log_progress("packing"))), text_bytes_of(gguf))
+
+    return Library(installed, resolve, prepare, lambda name: _load_text(catalog.resolve(name)))
+
+
+def looks_like_path(name: str) -> bool:
+    """Requests name models, never files or addresses: what is served is the owner's choice."""
+    return "/" in name or ":" in name
+
+
+def not_installed(name: str, models: list[Installed]) -> ModelNotFound:
+    """The error for a name that is not on this machine."""
+    names = ", ".join(model.name for model in models) or "none"
+    return ModelNotFound(
+        f"model '{name[:120]}' is not installed. Installed: {names} (or 'default'). See `hob pull`.", param="model"
+    )
 
 
 def _open_contexts(config: Config, policy: Policy) -> ContextStore | None:
@@ -186,6 +249,7 @@ def make_server(
     from hob.api.app_sockets import AppSockets
     from hob.api.protocol import HobProtocol
     from hob.api.services import ServedModel, Services
+    from hob.api.shelf import ModelShelf
     from hob.energy import open_meter
     from hob.service.apps import Apps
     from hob.service.audit import AuditLog
@@ -224,9 +288,17 @@ def make_server(
             state = {**self.lifespan.state, "socket_app": app}
             return HobProtocol(config=self.config, server_state=self.server_state, app_state=state)
 
-    tokenizer, chat = _load_text(chosen)
-    handle.vocabulary = lambda: _vocabulary(tokenizer, handle.model.vocab_size)
-    models = [ServedModel(chosen.name, created)]
+    tokenizer, chat = _load_text(chosen.gguf)
+    default = ServedModel(chosen.name, created)
+
+    def vocabulary_of(model: str) -> Vocabulary:
+        opened = shelf.opened(model)
+        codec, info = (tokenizer, handle.model) if opened is None else (opened.tokenizer, opened.info)
+        return _vocabulary(codec, info.vocab_size, model)
+
+    shelf = ModelShelf(handle, _library(config), default)
+    handle.on_unloaded = shelf.forget
+    handle.vocabulary = vocabulary_of
     policy = Policy(config.policy_path)
     conditions = Conditions(lambda: policy.file.background)
     contexts = _open_contexts(config, policy)
@@ -239,8 +311,9 @@ def make_server(
         chat,
         config,
         started_at=created,
-        models=models,
+        models=[default],
         contexts=contexts,
+        shelf=shelf,
         apps=apps,
         app_sockets=app_sockets,
         policy=policy,

@@ -180,6 +180,29 @@ class Client:
         """Token ids of a text, of `messages=`, or the text of `tokens=`."""
         return self._post("/hob/v1/tokenize", options if text is None else {"text": text, **options})
 
+    # ---- memory and models ----
+
+    def memory(self) -> Reply:
+        """The ledger and the resident models."""
+        return self._get("/hob/v1/memory")
+
+    def set_budget(self, budget: int | str) -> Reply:
+        """Change what the running service may take: bytes, or e.g. '4GiB'. Owner only."""
+        return self._send("PUT", "/hob/v1/memory", {"budget": budget})
+
+    def lease(self, model: str, *, rank: int = 0, pin: bool = False, keep_alive_s: float | None = None) -> Reply:
+        """Load a model and hold it for this app. Raises PermissionDenied above the owner's cap."""
+        return self._send("PUT", f"/hob/v1/leases/{model}", {"rank": rank, "pin": pin, "keep_alive_s": keep_alive_s})
+
+    def end_lease(self, model: str) -> Reply:
+        """End this app's lease."""
+        with self._errors():
+            return _reply_of(self._http.delete(f"/hob/v1/leases/{model}"))
+
+    def unload(self, model: str) -> Reply:
+        """Have a model unloaded once its requests have ended. Owner only."""
+        return self._post("/hob/v1/unload", {"model": model})
+
     # ---- persistent contexts ----
 
     def create_context(self, name: str = "", messages: Messages | None = None) -> Reply:
@@ -230,8 +253,11 @@ class Client:
             return _reply_of(self._http.get(path))
 
     def _post(self, path: str, body: Reply) -> Reply:
+        return self._send("POST", path, body)
+
+    def _send(self, method: str, path: str, body: Reply) -> Reply:
         with self._errors():
-            return _reply_of(self._http.post(path, **self._encoded(body)))
+            return _reply_of(self._http.request(method, path, **self._encoded(body)))
 
     def _stream(self, path: str, body: Reply) -> Iterator[Reply]:
         with self._errors(), self._http.stream("POST", path, **self._encoded(body)) as response:

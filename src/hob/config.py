@@ -7,6 +7,7 @@ command line (names are unique over all sections). `hob config` prints each valu
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 import types
 import typing
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from hob.errors import ConfigError
+
+MIN_BUDGET_BYTES = 16 << 20
+"""A smaller memory budget holds no model."""
 
 
 def _default_home() -> Path:
@@ -96,8 +100,33 @@ class SchedulerConfig:
 class MemoryConfig:
     """What the service may take."""
 
+    budget: str = "half"
+    """What weights, KV, buffers and tokenizers of all models may take together: 'half' of the machine's memory (or of
+    the control group's limit, if that is less), bytes, or e.g. '4GiB'."""
     kv_tokens: int = 16384
-    """Tokens of KV in the pool, over all sequences; rounded up to whole blocks of 16."""
+    """Most tokens of KV of a model, over all its sequences; memory is taken as they come. Whole blocks of 16."""
+    keep_alive_s: float = 300.0
+    """Seconds that a model stays without a request. The default model stays until its memory is wanted."""
+    max_keep_alive_s: float = 3600.0
+    """Most seconds that an app's lease may keep an idle model."""
+    max_pinned_share: float = 0.5
+    """Share of the budget that one app's leases may pin."""
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget, None for half of the memory. Raises ConfigError."""
+        return None if self.budget == "half" else parse_bytes("budget", self.budget)
+
+
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """'4GiB' -> 4294967296. Raises ConfigError naming the setting."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in UNITS:
+        raise ConfigError(f"setting '{name}' is '{text}'. Expected bytes, or e.g. 512MB or 4GiB.")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 @dataclass(frozen=True)
@@ -299,7 +328,11 @@ def _check(config: Config) -> None:
         "urgent_stretch": (config.scheduler.urgent_stretch, 1.0),
         "lend_every": (config.scheduler.lend_every, 0),
         "max_waiting": (config.scheduler.max_waiting, 1),
+        "budget": (config.memory.budget_bytes or MIN_BUDGET_BYTES, MIN_BUDGET_BYTES),
         "kv_tokens": (config.memory.kv_tokens, 256),
+        "keep_alive_s": (config.memory.keep_alive_s, 0),
+        "max_keep_alive_s": (config.memory.max_keep_alive_s, 0),
+        "max_pinned_share": (config.memory.max_pinned_share, 0),
         "max_contexts": (config.contexts.max_contexts, 0),
         "context_disk_bytes": (config.contexts.context_disk_bytes, 0),
     }

@@ -11,6 +11,7 @@
     │   ├── RequestTooLarge     413 the body is over the limit
     │   ├── RateLimited         429 the app's own limit is used up
     │   ├── ConfigError         400 hob.toml, an environment variable or a flag
+    │   ├── ModelTooLarge       400 a model does not fit the memory budget
     │   └── ModelFileError      400 a model file is truncated, hostile or not supported
     └── ServiceError                the service cannot do it now (HTTP 5xx; exit status 1)
         ├── Overloaded          503 memory or queue is full; says when to come back
@@ -39,6 +40,8 @@ class HobError(Exception):
         self.retry_after_s = retry_after_s
         self.policy: dict[str, object] | None = None
         """Of a refusal by policy: the rule, the table it is in, the limit, the use so far."""
+        self.room_bytes = 0
+        """With ModelTooLarge: what a model may take."""
 
 
 class UserError(HobError):
@@ -114,6 +117,12 @@ class ConfigError(UserError):
     """A setting in hob.toml, the environment or a flag is wrong."""
 
     code = "config_error"
+
+
+class ModelTooLarge(UserError):
+    """A model does not fit the memory budget, whatever else is unloaded."""
+
+    code = "model_too_large"
 
 
 class ModelFileError(UserError):

@@ -1,7 +1,8 @@
 """What the API process and the engine process say to each other: msgpack frames over one Unix socket pair.
 
-    API -> engine:  Submit, Cancel, Vocabulary, ForkContext, DropContext, Shutdown
-    engine -> API:  Ready, Report (one per step), Failed
+    API -> engine:  Submit, Cancel, Vocabulary, ForkContext, DropContext, LoadModel, UnloadModel, SetLease, SetBudget,
+                    Shutdown
+    engine -> API:  Ready, Report (one per step), Answer (to the four before Shutdown), Unloaded, Failed
 
 A frame is a 4-byte little-endian length and that many bytes of msgpack. The engine reads what has come between two
 steps and answers with one `Report` per step, so a token's path never waits for another Python thread.
@@ -13,7 +14,7 @@ import struct
 
 import msgspec
 
-from hob.request import Request, SequenceOutput
+from hob.request import OutputError, Request, SequenceOutput
 
 FRAME_HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 256 << 20
@@ -37,6 +38,8 @@ class Vocabulary(msgspec.Struct, tag="vocabulary"):
     tokens: list[bytes]
     """By id. Empty: no text."""
     stop_token_ids: list[int]
+    model: str = ""
+    """Whose it is; empty: the default model's."""
 
 
 class ForkContext(msgspec.Struct, tag="fork_context"):
@@ -52,6 +55,57 @@ class DropContext(msgspec.Struct, tag="drop_context"):
 
     app: str
     context_id: str
+
+
+class ModelSpec(msgspec.Struct, frozen=True):
+    """A model that the engine process may load."""
+
+    name: str
+    packed_path: str
+    """Packed file; empty for the fake engine."""
+    text_bytes: int = 0
+    """What tokenizer and template of it take in the API process: reserved with the rest."""
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """What an app asks for a model beyond the moment of its requests."""
+
+    rank: int = 0
+    """Among idle models, a lower one is unloaded first."""
+    is_pinned: bool = False
+    """Not unloaded while the lease lasts."""
+    keep_alive_s: float | None = None
+    """Seconds after its last request that it stays. None: as the setting `keep_alive_s` says."""
+
+
+class LoadModel(msgspec.Struct, tag="load_model"):
+    """Load this model unless it is. The answer comes when it is there or cannot be."""
+
+    call_id: int
+    spec: ModelSpec
+
+
+class UnloadModel(msgspec.Struct, tag="unload_model"):
+    """Unload a model once its requests have ended."""
+
+    call_id: int
+    name: str
+
+
+class SetLease(msgspec.Struct, tag="set_lease"):
+    """An app's lease on a model: made, changed, or ended (None)."""
+
+    call_id: int
+    app: str
+    name: str
+    lease: Lease | None
+
+
+class SetBudget(msgspec.Struct, tag="set_budget"):
+    """What the service may take from now on."""
+
+    call_id: int
+    budget_bytes: int
 
 
 class Shutdown(msgspec.Struct, tag="shutdown"):
@@ -87,6 +141,23 @@ class Ready(msgspec.Struct, tag="ready"):
     load_s: float
 
 
+class Answer(msgspec.Struct, tag="answer"):
+    """To the call of that number: an error, or what was asked for."""
+
+    call_id: int
+    error: OutputError | None = None
+    model: ModelInfo | None = None
+    """The loaded model, to LoadModel."""
+    room_bytes: int = 0
+    """With ModelTooLarge: what a model may take."""
+
+
+class Unloaded(msgspec.Struct, tag="unloaded"):
+    """A model's memory was given back: its text side may go too."""
+
+    name: str
+
+
 class AppStats(msgspec.Struct):
     """One app's present and past."""
 
@@ -101,6 +172,42 @@ class AppStats(msgspec.Struct):
     last_ttft_s: float = 0.0
     wait_s: float = 0.0
     """Seconds until the last of those that wait is expected to have its first token."""
+
+
+class ModelStats(msgspec.Struct):
+    """One model that is resident or on its way."""
+
+    name: str
+    state: str
+    """'loading', 'ready', 'draining' (takes no new requests, to be unloaded when the last has ended)."""
+    num_bytes: int = 0
+    """All that is reserved for it: weights, kv, scratch, buffers, text."""
+    accounts: dict[str, int] = {}
+    num_running: int = 0
+    num_waiting: int = 0
+    idle_s: float = 0.0
+    """Since its last request ended. 0: one is there."""
+    rank: int = 0
+    is_pinned: bool = False
+    leases: list[str] = []
+    """Apps that hold one."""
+
+
+class MemoryStats(msgspec.Struct):
+    """The ledger."""
+
+    budget_bytes: int = 0
+    """What the owner grants."""
+    reserved_bytes: int = 0
+    overhead_bytes: int = 0
+    """What the two processes take at most beside what is reserved: interpreters, libraries, sockets."""
+    models: list[ModelStats] = []
+    pressure: str = "none"
+    """'none', 'some' or 'high': what the system says of its memory."""
+    num_loads: int = 0
+    num_unloads: int = 0
+    num_refused: int = 0
+    """Reservations that did not fit."""
 
 
 class Stats(msgspec.Struct):
@@ -133,6 +240,7 @@ class Stats(msgspec.Struct):
     """Turns whose blocks could not be written: they will be computed again."""
     disk_bytes: int = 0
     """KV of contexts on disk."""
+    memory: MemoryStats = msgspec.field(default_factory=MemoryStats)
 
 
 class Report(msgspec.Struct, tag="report"):
@@ -149,8 +257,9 @@ class Failed(msgspec.Struct, tag="failed"):
     message: str
 
 
-ToEngine = Submit | Cancel | Vocabulary | ForkContext | DropContext | Shutdown
-FromEngine = Ready | Report | Failed
+ToModels = LoadModel | UnloadModel | SetLease | SetBudget
+ToEngine = Submit | Cancel | Vocabulary | ForkContext | DropContext | ToModels | Shutdown
+FromEngine = Ready | Report | Answer | Unloaded | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

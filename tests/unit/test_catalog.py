@@ -73,7 +73,8 @@ def sha256(data: bytes) -> str:
 def files(tmp_path: Path) -> set[str]:
     """All below the models folder but the locks, which stay."""
     folder = tmp_path / "models"
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.name.endswith(".lock")}
+    found = [Path(root, name) for root, folders, names in os.walk(folder) for name in (*folders, *names)]
+    return {str(p.relative_to(folder)) for p in found if not p.name.endswith(".lock")}
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_misuse_is_an_error() -> None:
 def test_check_cries_when_a_block_is_lost() -> None:
     pool = BlockPool(3)
     pool._free.pop()
-    with pytest.raises(InternalError, match=r"free\(2\) \+ held\(0\) \+ cached\(0\) = 2, expected 3"):
+    with pytest.raises(InternalError, match=r"free\(2\) \+ held\(0\) \+ cached\(0\) \+ bare\(0\) = 2, expected 3"):
         pool.check()
 
 

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from hob import __version__
-from hob.api import apps, contexts, info, ollama, ollama_models, page, tasks
+from hob.api import apps, contexts, info, memory, ollama, ollama_models, page, tasks
 from hob.api.call import Call
 from hob.api.chat import chat_completions
 from hob.api.classify import classify
@@ -73,6 +73,7 @@ def create_app(services: Services) -> FastAPI:
     contexts.register(app, _call)
     apps.register(app, _call)
     tasks.register(app, _call)
+    memory.register(app, _call)
     app.openapi = document  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(Edge, services=services)

@@ -72,9 +72,16 @@ class Call:
     """Of the model in use, as the engine calls it. Empty: none."""
 
     async def use_model(self, name: str) -> ModelInfo:
-        """The model of that name, 'MODEL' or 'MODEL:ADAPTER', which this call's requests use. Raises ModelNotFound."""
+        """Bind the call to the model of that name, loading it if it must be: its tokenizer and template are used now.
+
+        'MODEL:ADAPTER' is a model with one of its adapters. Raises ModelNotFound naming the installed ones,
+        ModelTooLarge, Overloaded.
+        """
         name, adapter = split_name(name)
-        model, self.adapter = with_adapter(self.services.resolve_model(name), adapter)
+        if (grant := self.record.grant) is not None and name not in ("", "default"):
+            grant.check_model(name)
+        self.services, base = await self.services.bound_to(name, self.app)
+        model, self.adapter = with_adapter(base, adapter)
         return model
 
     def request(self, token_ids: list[int], kind: Kind, class_field: str | None, **fields: Any) -> Request:
@@ -86,6 +93,7 @@ class Call:
             app=self.app,
             token_ids=token_ids,
             kind=kind,
+            model=self.services.model,
             adapter=self.adapter,
             service_class=self.class_of(class_field),
             weight=1.0 if grant is None else grant.weight,

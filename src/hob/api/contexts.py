@@ -127,7 +127,9 @@ async def take_turn(call: Call, context_id: str, raw: bytes) -> Response:
         raise InvalidRequest(f"field 'n' is {body.n}. Expected 1: fork the context to go several ways.", param="n")
     if (body.messages is None) == (body.prompt is None):
         raise InvalidRequest("expected exactly one of the fields 'messages' and 'prompt'", param="messages")
-    model = await call.use_model(body.model)
+    record = await asyncio.to_thread(store_of(call).get, call.app, context_id)
+    is_named = body.model not in ("", "default")
+    model = await call.use_model(body.model if is_named else record.model)
     with_usage = wants_stream_usage(body)
     if body.stream:
         return EventStream(_events(call, context_id, body, model, with_usage=with_usage))

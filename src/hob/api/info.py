@@ -19,7 +19,7 @@ from hob.errors import ModelNotFound
 
 def served_models(services: Services) -> list[ServedModel]:
     """The models that can be asked for: those the daemon listed, else the loaded one."""
-    served = services.models or [ServedModel(services.backend.model.name, int(services.started_at))]
+    served = services.served or [ServedModel(services.backend.model.name, int(services.started_at))]
     return [*served[:1], *served_adapters(services), *served[1:]]
 
 

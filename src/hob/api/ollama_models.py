@@ -49,7 +49,7 @@ async def ps(call: Call) -> Response:
 async def show_model(call: Call, raw: bytes) -> Response:
     """/api/show."""
     name = _name(parse_body(raw, NameBody))
-    info = call.services.resolve_model(name)
+    info = await call.use_model(name)
     model = next(model for model in served_models(call.services) if model.name == info.name)
     entry = _entry(call, model)
     arch = info.architecture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -66,8 +66,40 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
+class OpenModel:
+    """A loaded model as routes use it."""
+
+    info: ModelInfo
+    tokenizer: TextCodec
+    chat: ChatCodec
+
+
+class BoundBackend:
+    """A Backend whose `model` is another than the default. What is not said here goes through."""
+
+    def __init__(self, backend: Backend, model: ModelInfo) -> None:
+        self.model = model
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+
+class Shelf(Protocol):
+    """The installed models; `shelf.ModelShelf` is one."""
+
+    def installed(self) -> list[ServedModel]:
+        """What can be asked for by name, the default first."""
+        ...
+
+    async def open(self, name: str, app: str) -> OpenModel:
+        """Load a model, unless it is, and its text side. Raises ModelNotFound, ModelTooLarge, Overloaded."""
+        ...
+
+
+@dataclass(frozen=True)
 class Services:
-    """All the routes use."""
+    """All the routes use; tokenizer and template are the default model's until a call is bound to another."""
 
     backend: Backend
     tokenizer: TextCodec
@@ -86,6 +118,10 @@ class Services:
     conditions: Conditions | None = None
     """When background work waits. None: never."""
     audit: AuditLog | None = None
+    shelf: Shelf | None = None
+    """Models beside the default one. None: there are no others."""
+    model: str = ""
+    """The model that `tokenizer` and `chat` belong to. Empty: the default."""
     sessions: Sessions = field(default_factory=Sessions)
     """Browsers that were let in."""
 
@@ -101,17 +137,34 @@ class Services:
     meter: Meter | None = None
     """The processor's energy. None: not measured here."""
 
-    def resolve_model(self, name: str) -> ModelInfo:
-        """The loaded model, if `name` means it: its name, 'default' or nothing.
+    async def bound_to(self, name: str, app: str) -> tuple[Services, ModelInfo]:
+        """These services with the text side of the model of that name, and what it is. Loads it if need be."""
+        default = self.models[0].name if self.models else ""
+        if self.shelf is None or name in ("", "default", default):
+            return self, self._default(name)
+        opened = await self.shelf.open(name, app)
+        backend = BoundBackend(self.backend, opened.info)
+        bound = replace(self, backend=backend, model=opened.info.name, tokenizer=opened.tokenizer, chat=opened.chat)
+        bound.__dict__["observer"] = self.observer  # one for all calls
+        return bound, opened.info
 
-        Raises ModelNotFound, and EngineUnavailable while no engine runs.
-        """
+    def loaded_name(self, name: str) -> str:
+        """The name that the engine process knows a model by, which need not be installed any more."""
+        return self.backend.model.name if name in ("", "default") else name
+
+    @property
+    def served(self) -> list[ServedModel]:
+        """What can be asked for by name, the default first."""
+        return self.models if self.shelf is None else self.shelf.installed()
+
+    def _default(self, name: str) -> ModelInfo:
+        """The default model, if `name` means it. Raises ModelNotFound, and EngineUnavailable while no engine runs."""
         info = self.backend.model
         names = [model.name for model in self.models] or [info.name]
         if name in ("", "default") or name in names:
             return info
         raise ModelNotFound(
             f"model '{name}' is not served. Expected one of: {', '.join(names)} (or 'default'). "
-            "See `hob list` and `hob serve --model`.",
+            "See `hob list` and `hob pull`.",
             param="model",
         )

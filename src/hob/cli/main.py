@@ -14,7 +14,7 @@ import sys
 
 import typer
 
-from hob.cli import apps, bench, look, machine, models, policy, service, settings, show, talk, tasks
+from hob.cli import apps, bench, look, machine, memory, models, policy, service, settings, show, talk, tasks
 from hob.errors import HobError, UserError
 
 INTERRUPTED = 130
@@ -67,6 +67,7 @@ for _command in (
     models.list_models,
     models.rm,
     settings.config,
+    memory.memory,
     show.demo,
     bench.bench,
     machine.install,

@@ -29,6 +29,29 @@ def _is_number(text: str) -> bool:
     return text[:1].isdigit() and not text[-1:].isalpha()
 
 
+def print_memory(report: dict[str, Any]) -> None:
+    """The ledger: one line of sums, one of each resident model."""
+    budget, reserved = human_bytes(report["budget_bytes"]), human_bytes(report["reserved_bytes"])
+    line = f"budget {budget}, {reserved} of it reserved, beside it at most {human_bytes(report['overhead_bytes'])}"
+    print(line if report["pressure"] == "none" else f"{line}; memory pressure: {report['pressure']}")
+    rows = [
+        [
+            model["name"],
+            model["state"],
+            human_bytes(model["num_bytes"]),
+            human_bytes(model["accounts"].get("weights", 0)),
+            human_bytes(model["accounts"].get("kv", 0)),
+            model["num_running"],
+            model["num_waiting"],
+            f"{model['idle_s']:.0f}",
+            "pinned" if model["is_pinned"] else model["rank"],
+            ",".join(model["leases"]) or "-",
+        ]
+        for model in report["models"]
+    ]
+    print_table(["model", "state", "memory", "weights", "kv", "running", "waiting", "idle s", "rank", "leases"], rows)
+
+
 def human_bytes(count: float) -> str:
     """98362432 -> '98.4 MB' (decimal units, as disks are sold)."""
     for unit in ("B", "kB", "MB"):

@@ -88,7 +88,7 @@ def ps(json: Json = False) -> None:
     hob ps
     hob ps --json | jq .apps
     """
-    from hob.cli.output import print_json, print_table
+    from hob.cli.output import print_json, print_memory, print_table
     from hob.client import Client
     from hob.config import load_config
     from hob.errors import DaemonUnreachable
@@ -119,6 +119,7 @@ def ps(json: Json = False) -> None:
     print(f"{report['model']}  pid {state.pid}  up {report['uptime_s']:.0f} s  {state.base_url}  {state.socket}")
     parts = "  ".join(f"{p.role} {p.pss_bytes / 1e6:.0f} MB" for p in processes)
     print(f"memory {report['pss_bytes'] / 1e6:.0f} MB PSS ({parts})  KV blocks {held}/{report['num_blocks']} held")
+    print_memory(report["memory"])
     rows = [
         [
             app["app"],

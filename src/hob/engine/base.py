@@ -144,6 +144,16 @@ class Engine(Protocol):
         ...
 
     @property
+    def page_bytes(self) -> int:
+        """The pool's memory is taken and given back by this much."""
+        ...
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Most memory it takes beside weights and pool."""
+        ...
+
+    @property
     def adapters(self) -> Mapping[str, int]:
         """Id in a batch of each LoRA adapter that is loaded, by its name with its digest."""
         ...
@@ -185,6 +195,10 @@ class Engine(Protocol):
 
     def write_block(self, block_id: int, data: bytes | memoryview) -> None:
         """Put back what `read_block` gave. Raises InternalError if the length is not `block_bytes`."""
+        ...
+
+    def discard(self, offset: int, num_bytes: int) -> None:
+        """Give the memory of whole pages of the pool back. Their blocks must be written before they are read."""
         ...
 
     def stop(self) -> None:

@@ -101,6 +101,8 @@ class FakeEngine:
         )
         self.max_rows = max_rows
         self.block_bytes = BLOCK_SIZE * 8
+        self.page_bytes = 4 * self.block_bytes
+        self.scratch_bytes = 0
         self.num_steps = 0
         self.fail_at_step: int | None = None
         """Raise in this step (counted from 1): a fault on purpose."""
@@ -221,6 +223,14 @@ class FakeEngine:
         if len(data) != self.block_bytes:
             raise InternalError(f"block data has {len(data)} bytes, expected {self.block_bytes}")
         self._slots[block_id * BLOCK_SIZE : (block_id + 1) * BLOCK_SIZE] = np.frombuffer(data, np.uint64)
+
+    def discard(self, offset: int, num_bytes: int) -> None:
+        """Slots become rubbish again, so that reading a discarded one shows."""
+        if offset % self.page_bytes or num_bytes % self.page_bytes:
+            raise InternalError(f"discard({offset}, {num_bytes}): not whole pages of {self.page_bytes} bytes")
+        start, count = offset // 8, num_bytes // 8
+        count = min(count, len(self._slots) - start)
+        self._slots[start : start + count] = np.random.default_rng(start).integers(1, 1 << 63, count).astype(np.uint64)
 
     def stop(self) -> None:
         """The running step reports that it was abandoned."""

@@ -42,8 +42,13 @@ def num_usable_cores() -> int:
 class LocalEngine:
     """One model, one pool, one workspace. See `base.Engine` for what each method promises."""
 
-    def __init__(self, name: str, packed_path: str | Path, config: EngineConfig, max_rows: int) -> None:
-        """Load the file `pack.ensure_packed` made. Raises ModelFileError."""
+    def __init__(
+        self, name: str, packed_path: str | Path, config: EngineConfig, max_rows: int, max_logits: int = 64
+    ) -> None:
+        """Load the file `pack.ensure_packed` made. Raises ModelFileError.
+
+        max_logits: most rows of a step whose logits are wanted: only they take memory.
+        """
         isa, reason = choose_isa(config.isa)
         num_threads = config.threads or num_usable_cores()
         packed = open_packed(Path(packed_path))
@@ -68,6 +73,9 @@ class LocalEngine:
         if config.adapters:
             self._load_adapters(Path(config.adapters) / name)
         self.block_bytes = self.info.kv_bytes_per_token * BLOCK_SIZE
+        self.page_bytes = native.KvPool.page_bytes
+        unused_rows = max(max_rows - max_logits, 0)
+        self.scratch_bytes = self._workspace.num_bytes - 4 * self.info.vocab_size * unused_rows
 
     def open_pool(self, num_blocks: int) -> None:
         """Reserve the pool; its pages become resident as they are first written."""
@@ -187,6 +195,10 @@ class LocalEngine:
         if len(data) != self.block_bytes:
             raise InternalError(f"block data has {len(data)} bytes, expected {self.block_bytes}")
         self._opened_pool().write(block_id, data)
+
+    def discard(self, offset: int, num_bytes: int) -> None:
+        """Give memory of the pool back to the system."""
+        self._opened_pool().discard(offset, num_bytes)
 
     def stop(self) -> None:
         """Abandon the running step between two layers."""

@@ -7,12 +7,16 @@ sequences with a common prefix share blocks, so each block counts its holders.
                          ^                               |
                          +------------- share -----------+
 
+A pool may begin with bare blocks, which have no memory yet: `grow` makes them free, `shrink` takes free and cached ones
+back. `service.residents` does so between steps, as the ledger allows (`backing.py` says what it costs).
+
 The pool knows ids and counts only; the engine owns the bytes and copies them. So this file runs anywhere and its tests
 need no model. Paged KV memory follows Kwon et al. 2023, arXiv:2309.06180.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
@@ -33,8 +37,11 @@ class BlockPool:
     def __init__(self, num_blocks: int, on_evict: Callable[[int], None] = lambda block_id: None) -> None:
         """`on_evict` is told each cached block whose content is about to be overwritten."""
         self.num_blocks = num_blocks
+        self.max_blocks = num_blocks
+        """Most blocks that there can be memory for: what a sequence may hope for."""
         self._ref_counts = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._bare: list[int] = []  # without memory; a heap, so that low ones come first and share pages
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._keep: set[int] = set()  # blocks whose content is known and worth keeping after their last holder
         self._on_evict = on_evict
@@ -43,6 +50,16 @@ class BlockPool:
     def num_free(self) -> int:
         """Blocks that can be allocated now, the cached ones included."""
         return len(self._free) + len(self._cached)
+
+    @property
+    def num_unused(self) -> int:
+        """Free blocks without content: lending them evicts nothing."""
+        return len(self._free)
+
+    @property
+    def num_bare(self) -> int:
+        """Blocks without memory."""
+        return len(self._bare)
 
     @property
     def num_cached(self) -> int:
@@ -94,6 +111,33 @@ class BlockPool:
         """Forget that a held block's content is known: its holder writes on in it."""
         self._keep.discard(block_id)
 
+    def strip(self) -> None:
+        """At the start: no block has memory."""
+        if len(self._free) != self.num_blocks:
+            raise InternalError(f"pool: {self.num_blocks - len(self._free)} blocks are in use and cannot be stripped")
+        self._bare, self._free = list(range(self.num_blocks)), []
+
+    def next_bare(self, count: int) -> list[int]:
+        """The blocks that `grow(count)` would take."""
+        return heapq.nsmallest(count, self._bare)
+
+    def grow(self, count: int) -> None:
+        """Bare blocks have memory now and are free."""
+        self._free[:0] = reversed([heapq.heappop(self._bare) for _ in range(count)])
+
+    def shrink(self, count: int, may_evict: Callable[[int], bool] = lambda block_id: True) -> list[int]:
+        """Make up to `count` blocks bare: free ones, the last first, then cached ones that may go, the oldest first."""
+        self._free.sort(reverse=True)
+        taken, self._free = self._free[:count], self._free[count:]
+        for block_id in [b for b in self._cached if may_evict(b)][: count - len(taken)]:
+            del self._cached[block_id]
+            self._keep.discard(block_id)
+            self._on_evict(block_id)
+            taken.append(block_id)
+        for block_id in taken:
+            heapq.heappush(self._bare, block_id)
+        return taken
+
     def num_holders(self, block_id: int) -> int:
         """How many sequences hold the block."""
         return self._ref_counts[block_id]
@@ -101,14 +145,14 @@ class BlockPool:
     def check(self) -> None:
         """Raise InternalError unless every block is in exactly one state. Cheap enough for every test step."""
         held = sum(count > 0 for count in self._ref_counts)
-        total = held + len(self._cached) + len(self._free)
+        total = held + len(self._cached) + len(self._free) + len(self._bare)
         if total != self.num_blocks or min(self._ref_counts, default=0) < 0:
             raise InternalError(
-                f"pool: free({len(self._free)}) + held({held}) + cached({len(self._cached)}) = {total}, "
-                f"expected {self.num_blocks} blocks"
+                f"pool: free({len(self._free)}) + held({held}) + cached({len(self._cached)}) + bare({len(self._bare)}) "
+                f"= {total}, expected {self.num_blocks} blocks"
             )
-        idle = set(self._free) | set(self._cached)
-        if len(idle) != len(self._free) + len(self._cached) or any(self._ref_counts[b] for b in idle):
+        idle = set(self._free) | set(self._cached) | set(self._bare)
+        if len(idle) != len(self._free) + len(self._cached) + len(self._bare) or any(self._ref_counts[b] for b in idle):
             raise InternalError("pool: a block is both free and held, or listed twice")
 
     def _evict(self) -> int:

@@ -59,6 +59,7 @@ class PrefixCache:
         self._salts: dict[str, bytes] = {}
         self._salt_of = salt_of or (lambda app: secrets.token_bytes(16))
         self._public: set[Key] = set()
+        self._of_contexts: set[int] = set()
 
     def publish(self, token_ids: Sequence[int]) -> None:
         """Share the full blocks of a prompt among all apps."""
@@ -137,6 +138,14 @@ class PrefixCache:
         del self._key_to_block[key]
         return None
 
+    def mark_context(self, block_ids: Sequence[int]) -> None:
+        """These blocks are of a persistent context: under pressure they go after those that are only cache."""
+        self._of_contexts.update(block_id for block_id in block_ids if block_id in self._labels)
+
+    def is_of_context(self, block_id: int) -> bool:
+        """Whether a block is of a persistent context."""
+        return block_id in self._of_contexts
+
     def insert(self, app: str, key: Key, block_id: int) -> None:
         """A held block is full and computed: let it be found. The first block of a key stays the one."""
         if not self.is_enabled or key in self._key_to_block or block_id in self._labels:
@@ -147,6 +156,7 @@ class PrefixCache:
 
     def _forget(self, block_id: int) -> None:
         label = self._labels.pop(block_id)
+        self._of_contexts.discard(block_id)
         if self._key_to_block.get(label.key) == block_id:
             del self._key_to_block[label.key]
 

@@ -92,6 +92,11 @@ class Swap:
         """Whether finished turns wait to be copied and there is room to do it: do not sleep."""
         return bool(self._turns) and self._queued_bytes < self._max_queued_bytes
 
+    @property
+    def has_turns(self) -> bool:
+        """Whether finished turns wait to be copied out of memory."""
+        return bool(self._turns)
+
     # ---- the scheduler's side ----
 
     def count(self, app: str, keys: Sequence[Key], start: int) -> int:

@@ -58,6 +58,10 @@ class KvPool:
     def read(self, block: int) -> bytes: ...
     def write(self, block: int, data: Buffer) -> None: ...
     def copy(self, source: int, destination: int, num_tokens: int) -> None: ...
+    page_bytes: int
+    """The system takes and gives memory by this much."""
+    def discard(self, offset: int, num_bytes: int) -> None:
+        """Give the memory of whole pages back. Raises ValueError for a part of one."""
 
 class Workspace:
     """All memory of a step of up to `max_rows` rows, and the results of the last one."""
@@ -65,6 +69,9 @@ class Workspace:
     def __init__(self, model: Model, max_rows: int) -> None: ...
     @property
     def max_rows(self) -> int: ...
+    @property
+    def num_bytes(self) -> int:
+        """Of address space; logits, (max_rows, vocab), are touched as far as they are used."""
 
 def forward(
     model: Model,

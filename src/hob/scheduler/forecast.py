@@ -115,7 +115,9 @@ class Forecast:
     def _missing(self, newcomers: list[Sequence]) -> tuple[int, int]:
         """Sequences and blocks that they need beyond what is free or can be taken from lesser ones."""
         can_take = [s for s in self._placement.running if self._order.may_preempt(newcomers[-1], s)]
-        num_free = self._placement.pool.num_free + sum(len(s.block_table) for s in can_take)
+        num_free = (
+            self._placement.pool.num_free + self._placement.pool.num_bare + sum(len(s.block_table) for s in can_take)
+        )
         num_left = self._config.max_running - len(self._placement.running) + len(can_take)
         num_blocks = sum(num_blocks_for(s.num_needed_tokens) for s in newcomers)
         return max(len(newcomers) - num_left, 0), max(num_blocks - num_free, 0)

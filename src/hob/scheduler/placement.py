@@ -183,6 +183,7 @@ class Placement:
         if num_tail:
             tail = self._tail_key(sequence, num_full * BLOCK_SIZE, num_tail)
             self.prefixes.insert(app, tail, sequence.block_table[num_full])
+        self.prefixes.mark_context(sequence.block_table)
         self._second.turn_ended(app, context_id, keys, tail)
 
     def grow(self, sequence: Sequence, num_rows: int, planned: set[int]) -> bool:

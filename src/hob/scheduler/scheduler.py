@@ -169,7 +169,7 @@ class Scheduler:
             request,
             self._requests,
             vocab_size=self.vocab_size,
-            context_length=min(self.context_length, self.placement.pool.num_blocks * BLOCK_SIZE),
+            context_length=min(self.context_length, self.placement.pool.max_blocks * BLOCK_SIZE),
             num_waiting=len(self.waiting),
             max_waiting=self.config.max_waiting,
             retry_after_s=self.forecast.retry_after_s,

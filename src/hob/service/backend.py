@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from hob.messages import ModelInfo, Stats
+from hob.messages import Lease, ModelInfo, ModelSpec, Stats
 from hob.request import Request
 from hob.service.outputs import Outputs
 
@@ -15,6 +15,22 @@ class Backend(Protocol):
     @property
     def model(self) -> ModelInfo:
         """The loaded model. Raises EngineUnavailable while none is."""
+        ...
+
+    async def load(self, spec: ModelSpec) -> ModelInfo:
+        """Have another model loaded, unless it is. Raises ModelTooLarge, Overloaded, ModelFileError."""
+        ...
+
+    async def unload(self, name: str) -> None:
+        """Have a model unloaded once its requests have ended. Raises NotFound, and Conflict if it is pinned."""
+        ...
+
+    async def set_lease(self, app: str, name: str, lease: Lease | None) -> None:
+        """Make, change or end (None) an app's lease on a loaded model. Raises NotFound, RateLimited at the cap."""
+        ...
+
+    async def set_budget(self, budget_bytes: int) -> None:
+        """Change what the service may take. Raises InvalidRequest."""
         ...
 
     @property

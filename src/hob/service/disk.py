@@ -21,7 +21,7 @@ from hob.errors import HobError
 from hob.kvcache.contexts import live_contexts
 from hob.kvcache.keys import KeyRing
 from hob.kvcache.store import BlockStore
-from hob.kvcache.swap import Swap
+from hob.kvcache.swap import MAX_QUEUED_BYTES, Swap
 
 log = logging.getLogger("hob.engine")
 
@@ -45,7 +45,9 @@ class Disk:
     salt_of: Callable[[str], bytes]
 
 
-def open_disk(spec: DiskSpec, engine: Engine, packed_path: str) -> Disk | None:
+def open_disk(
+    spec: DiskSpec, engine: Engine, packed_path: str, max_queued_bytes: int = MAX_QUEUED_BYTES
+) -> Disk | None:
     """The disk tier for this engine; None, logged, if it cannot be had or is switched off."""
     if spec.max_bytes == 0:
         log.info("context_disk_bytes is 0: contexts are computed again when they are resumed")
@@ -60,7 +62,7 @@ def open_disk(spec: DiskSpec, engine: Engine, packed_path: str) -> Disk | None:
     except (HobError, OSError) as error:
         log.error("no disk tier: %s. Contexts stay, their KV will be computed again.", error)
         return None
-    return Disk(Swap(store), keys.salt)
+    return Disk(Swap(store, max_queued_bytes=max_queued_bytes), keys.salt)
 
 
 def fingerprint_of(engine: Engine, packed_path: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import signal
 import socket
@@ -20,17 +21,26 @@ import msgspec
 
 from hob.errors import EngineUnavailable, HobError, InternalError, error_from_name
 from hob.messages import (
+    Answer,
     Cancel,
     DropContext,
+    Failed,
     ForkContext,
     FromEngine,
+    Lease,
+    LoadModel,
     ModelInfo,
+    ModelSpec,
     Ready,
     Report,
+    SetBudget,
+    SetLease,
     Shutdown,
     Stats,
     Submit,
     ToEngine,
+    Unloaded,
+    UnloadModel,
     Vocabulary,
 )
 from hob.request import Request
@@ -52,10 +62,10 @@ class EngineHandle:
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
-        self.vocabulary: Callable[[], Vocabulary] | None = None
-        """What grammars are about, made when the first one comes."""
-        self._knows_vocabulary = False
-        """Whether the present process was told."""
+        self.vocabulary: Callable[[str], Vocabulary] | None = None
+        """What grammars of a model (empty: the default) are about, made when the first one comes."""
+        self._known_vocabularies: set[str] = set()
+        """Of which models the present process was told."""
         self.num_restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: EngineConnection | None = None
@@ -67,6 +77,11 @@ class EngineHandle:
         self._reported: HobError | None = None
         """What the present process said it failed with."""
         self._stats = Stats()
+        self._loaded: dict[str, ModelInfo] = {}
+        self._calls: dict[int, asyncio.Future[Answer]] = {}
+        self._call_ids = itertools.count(1)
+        self.on_unloaded: Callable[[str], None] = lambda name: None
+        """Told the name of each model whose memory was given back."""
         self._supervisor: asyncio.Task[None] | None = None
 
     @property
@@ -123,6 +138,29 @@ class EngineHandle:
         """See `backend.Backend.submit`."""
         return Outputs(request, self._begin, self._end)
 
+    async def load(self, spec: ModelSpec) -> ModelInfo:
+        """See `backend.Backend`."""
+        if spec.name not in self._loaded:
+            answer = await self._call(lambda call_id: LoadModel(call_id, spec))
+            assert answer.model is not None
+            self._loaded[spec.name] = answer.model
+            if spec not in self.spec.others:
+                self.spec.others.append(spec)  # the next engine process knows it from the start
+        return self._loaded[spec.name]
+
+    async def unload(self, name: str) -> None:
+        """See `backend.Backend`."""
+        await self._call(lambda call_id: UnloadModel(call_id, name))
+
+    async def set_lease(self, app: str, name: str, lease: Lease | None) -> None:
+        """See `backend.Backend`."""
+        await self._call(lambda call_id: SetLease(call_id, app, name, lease))
+
+    async def set_budget(self, budget_bytes: int) -> None:
+        """See `backend.Backend`. It holds for the engine processes to come, too."""
+        await self._call(lambda call_id: SetBudget(call_id, budget_bytes))
+        self.spec.budget_bytes = budget_bytes
+
     def fork_context(self, app: str, parent_id: str, child_id: str) -> None:
         """See `backend.Backend`. An engine that is starting learns it from the histories."""
         if self._ready is not None:
@@ -137,26 +175,42 @@ class EngineHandle:
 
     async def _begin(self, outputs: Outputs) -> None:
         await self._wait_ready()
-        if outputs.request.grammar is not None and not self._knows_vocabulary:
-            await self._tell_vocabulary()
+        if outputs.request.grammar is not None and outputs.request.model not in self._known_vocabularies:
+            await self._tell_vocabulary(outputs.request.model)
         self._outputs[outputs.request.request_id] = outputs
         self._send(Submit(outputs.request))
 
-    async def _tell_vocabulary(self) -> None:
+    async def _tell_vocabulary(self, model: str) -> None:
         if self.vocabulary is None:
             raise InternalError("this daemon has no vocabulary to check a grammar against")
-        connection, vocabulary = self._connection, await asyncio.to_thread(self.vocabulary)
+        connection, vocabulary = self._connection, await asyncio.to_thread(self.vocabulary, model)
         await self._wait_ready()
-        if connection is self._connection and not self._knows_vocabulary:
-            self._knows_vocabulary = True
+        if connection is self._connection and model not in self._known_vocabularies:
+            self._known_vocabularies.add(model)
             self._send(vocabulary)
-        elif not self._knows_vocabulary:
-            await self._tell_vocabulary()  # the process died meanwhile: its successor knows nothing
+        elif model not in self._known_vocabularies:
+            await self._tell_vocabulary(model)  # the process died meanwhile: its successor knows nothing
 
     def _end(self, outputs: Outputs, is_complete: bool) -> None:
         was_sent = self._outputs.pop(outputs.request.request_id, None) is not None
         if was_sent and not is_complete and self._connection is not None:
             self._send(Cancel(outputs.request.request_id))
+
+    async def _call(self, message_of: Callable[[int], LoadModel | UnloadModel | SetLease | SetBudget]) -> Answer:
+        """Ask the engine process and wait for its answer. Raises the error it answers with."""
+        await self._wait_ready()
+        call_id = next(self._call_ids)
+        self._calls[call_id] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(message_of(call_id))
+            answer = await self._calls[call_id]
+        finally:
+            del self._calls[call_id]
+        if answer.error is not None:
+            error = error_from_name(answer.error.name, answer.error.message, answer.error.retry_after_s)
+            error.room_bytes = answer.room_bytes
+            raise error
+        return answer
 
     # ---- the process ----
 
@@ -187,6 +241,7 @@ class EngineHandle:
             )
             log.error("%s", error)
             self.end_requests(error)
+            self._end_calls(error)
             num_failures = 0 if was_ready else num_failures + 1
             if not was_ready and num_failures == len(RESTART_DELAYS_S):
                 self._failure = error
@@ -217,7 +272,7 @@ class EngineHandle:
         connection = EngineConnection(self._deliver)
         await asyncio.get_running_loop().create_unix_connection(lambda: connection, sock=ours)
         self._connection = connection
-        self._knows_vocabulary = False
+        self._known_vocabularies = set()
         return connection
 
     def _deliver(self, message: FromEngine) -> None:
@@ -231,8 +286,22 @@ class EngineHandle:
             self._ready = self._last_ready = message
             self._is_ready.set()
             log.info("engine pid %s ready in %.2f s", self.pid, message.load_s)
-        else:
+        elif isinstance(message, Answer):
+            if (waiter := self._calls.get(message.call_id)) and not waiter.done():
+                waiter.set_result(message)
+        elif isinstance(message, Unloaded):
+            self._loaded.pop(message.name, None)
+            self.on_unloaded(message.name)
+        elif isinstance(message, Failed):
             self._reported = error_from_name(message.name, message.message)
+
+    def _end_calls(self, error: HobError) -> None:
+        for waiter in self._calls.values():
+            if not waiter.done():
+                waiter.set_exception(error)
+        for name in list(self._loaded):
+            del self._loaded[name]
+            self.on_unloaded(name)
 
     def _send(self, message: ToEngine) -> None:
         if self._connection is None:

@@ -14,9 +14,8 @@ import select
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from hob.kvcache.swap import Swap
 from hob.messages import FromEngine, Submit, ToEngine, decode_to_engine, encode_frame
 from hob.request import ServiceClass
 from hob.scheduler.abandon import StepUnderWay
@@ -43,13 +42,16 @@ class Inbox:
         self._step: StepUnderWay | None = None
         threading.Thread(target=self._read, name="hob-inbox", daemon=True).start()
 
-    def receive(self, timeout_s: float | None, other: Swap | None = None) -> list[ToEngine]:
-        """All messages that have come; waits for one as long as told, None: for ever, or until `other` has something.
+    def receive(
+        self, timeout_s: float | None, others: Iterable[int] = (), urgent: Iterable[int] = ()
+    ) -> list[ToEngine]:
+        """All messages that have come; waits for one as long as told, None: for ever, or until another file can be
+        read, or one of `urgent` has something out of band (a pressure trigger).
 
         Raises EOFError when the other end has closed.
         """
         if timeout_s != 0 and not self._messages:
-            select.select([self._wake] + ([] if other is None else [other.fileno()]), [], [], timeout_s)
+            select.select([self._wake, *others], [], urgent, timeout_s)
         messages: list[ToEngine] = []
         if self._messages:
             with contextlib.suppress(BlockingIOError):

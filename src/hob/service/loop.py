@@ -8,7 +8,6 @@ sequences in it, not the process; a process that dies is replaced by `handle.py`
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import socket
@@ -19,30 +18,41 @@ from collections.abc import Callable
 import msgspec
 
 from hob import logs
-from hob.config import EngineConfig, SchedulerConfig
-from hob.engine.base import BLOCK_SIZE, Engine
+from hob.engine.base import BLOCK_SIZE
+from hob.engine.grammar import Masks
 from hob.errors import HobError, InternalError
 from hob.kvcache.swap import Swap
 from hob.messages import (
+    Answer,
     Cancel,
     DropContext,
     Failed,
     ForkContext,
+    LoadModel,
     Ready,
     Report,
+    SetBudget,
+    SetLease,
     Shutdown,
     Stats,
     Submit,
+    ToEngine,
+    UnloadModel,
     Vocabulary,
-    encode_frame,
 )
 from hob.request import FinishReason, OutputError, SequenceOutput
-from hob.scheduler.scheduler import Scheduler
 from hob.service.compiling import Compiled, Compiling
-from hob.service.disk import DiskSpec, open_disk
 from hob.service.inbox import Inbox
-from hob.service.step import run_step
+from hob.service.ledger import Ledger
+from hob.service.opening import EngineSpec as EngineSpec
+from hob.service.opening import ModelOpener
+from hob.service.pressure import PressureMonitor
+from hob.service.relief import Relief
+from hob.service.residents import ResidencyConfig, Residents
+from hob.service.stepping import Stepper
+from hob.service.totals import merged, stats_of
 from hob.service.watchdog import Watchdog
+from hob.service.workers import Workers
 
 log = logging.getLogger("hob.engine")
 
@@ -51,39 +61,25 @@ STALLED_S = 0.005
 """Longest sleep while there is work that cannot go on yet, such as a sequence whose blocks are being read."""
 
 
-class EngineSpec(msgspec.Struct):
-    """What an engine process is to run."""
-
-    model_name: str
-    packed_path: str
-    """Packed model file; empty for the fake engine."""
-    engine: EngineConfig
-    scheduler: SchedulerConfig
-    kv_tokens: int
-    fake_step_s: float = 0.0
-    """Fake engine: seconds of a step beside its rows."""
-    fake_vocab_size: int = 1000
-    disk: DiskSpec | None = None
-    """Where KV of persistent contexts is kept. None: nowhere."""
-
-
 class Loop:
     """schedule -> step -> postprocess, until told to stop."""
 
     def __init__(
         self,
         inbox: Inbox,
-        engine: Engine,
-        scheduler: Scheduler,
+        residents: Residents,
+        stepper: Stepper,
+        workers: Workers,
+        relief: Relief,
         clock: Callable[[], float],
-        swap: Swap | None = None,
     ) -> None:
         self._inbox = inbox
-        self._engine = engine
-        self._scheduler = scheduler
+        self._residents = residents
+        self._stepper = stepper
+        self._workers = workers
+        self._relief = relief
         self._clock = clock
-        self._swap = swap
-        self._compiling = Compiling()
+        self._compilings: dict[str, Compiling] = {}
         self._stats_due = 0.0
 
     def run(self) -> None:
@@ -91,125 +87,154 @@ class Loop:
         is_stalled = False
         while True:
             outputs: list[SequenceOutput] = []
-            for message in self._inbox.receive(self._patience(is_stalled), self._swap):
+            for message in self._inbox.receive(self._patience(is_stalled), self._others(), self._relief.triggers):
                 if isinstance(message, Shutdown):
                     return
                 outputs += self._handle(message)
-            for compiled in self._compiling.ready():
-                outputs += self._admit(compiled)
-            masks, watch = self._compiling.masks, self._inbox.watch
-            computed = run_step(self._engine, self._scheduler, self._clock, self._swap, watch, masks)
+            for compiling in self._compilings.values():
+                for compiled in compiling.ready():
+                    outputs += self._admit(compiled)
+            self._relief.tick(self._clock())
+            self._residents.tick(self._clock())
+            computed = self._stepper.step(self._inbox.watch, self._masks_of)
             is_stalled = computed is None
             self._report(outputs + (computed or []))
 
+    def _others(self) -> list[int]:
+        """What else may have something to do."""
+        swaps = [resident.swap.fileno() for resident in self._residents if resident.swap is not None]
+        return [*swaps, self._workers.fileno()]
+
     def _patience(self, is_stalled: bool) -> float | None:
         """How long to wait for a message. None: until one comes."""
-        if self._swap is not None and self._swap.has_copies:
+        residents = self._residents
+        if any(resident.swap is not None and resident.swap.has_copies for resident in residents):
             return 0
-        if not self._scheduler.has_work:
-            return STALLED_S if self._compiling.is_busy else None
-        return STALLED_S if is_stalled else 0
+        if residents.has_work:
+            return STALLED_S if is_stalled else 0
+        is_compiling = any(compiling.is_busy for compiling in self._compilings.values())
+        if is_compiling or residents.is_changing or residents.messages or residents.outputs:
+            return STALLED_S
+        now = self._clock()
+        due = [s for s in (residents.next_due_s(now), self._relief.next_due_s(now)) if s is not None]
+        return min(due, default=None)
 
-    def _handle(self, message: Submit | Cancel | Vocabulary | ForkContext | DropContext) -> list[SequenceOutput]:
-        if isinstance(message, Cancel):
-            self._compiling.cancel(message.request_id)
-            self._scheduler.cancel(message.request_id, self._clock())
-            return []
-        if isinstance(message, ForkContext | DropContext):
+    def _handle(self, message: ToEngine) -> list[SequenceOutput]:
+        now, residents = self._clock(), self._residents
+        if isinstance(message, Submit):
+            if message.request.grammar is None:
+                return self._admit(Compiled(message.request, []))
+            self._compiling_of(message.request.model).begin(message.request)
+        elif isinstance(message, Vocabulary):
+            self._compiling_of(message.model).learn(message)
+        elif isinstance(message, Cancel):
+            for compiling in self._compilings.values():
+                compiling.cancel(message.request_id)
+            residents.cancel(message.request_id, now)
+        elif isinstance(message, ForkContext | DropContext):
             self._change_disk(message)
-            return []
-        if isinstance(message, Vocabulary):
-            self._compiling.learn(message)
-            return []
-        if message.request.grammar is not None:
-            self._compiling.begin(message.request)
-            return []
-        return self._admit(Compiled(message.request, []))
+        elif isinstance(message, LoadModel):
+            residents.load(message.call_id, message.spec, now)
+        elif isinstance(message, UnloadModel | SetLease | SetBudget):
+            residents.messages.append(self._answer(message, now))
+        return []
+
+    def _compiling_of(self, model: str) -> Compiling:
+        return self._compilings.setdefault(model or self._residents.default, Compiling())
+
+    def _masks_of(self, model: str) -> Masks | None:
+        compiling = self._compilings.get(model)
+        return None if compiling is None else compiling.masks
 
     def _admit(self, compiled: Compiled) -> list[SequenceOutput]:
         try:
             if compiled.error is not None:
                 raise compiled.error
-            place = self._scheduler.add(compiled.request, self._clock(), compiled.matchers)
+            place = self._residents.submit(compiled.request, self._clock(), compiled.matchers)
         except HobError as error:
             refusal = OutputError(type(error).__name__, error.message, error.retry_after_s, error.param)
             return [SequenceOutput(compiled.request.request_id, finish_reason=FinishReason.ERROR, error=refusal)]
         return [] if place is None else [SequenceOutput(compiled.request.request_id, place=place)]
 
+    def _answer(self, message: UnloadModel | SetLease | SetBudget, now: float) -> Answer:
+        """Do what is asked for; what it raises is the answer."""
+        try:
+            if isinstance(message, UnloadModel):
+                self._residents.unload(message.name, now)
+            elif isinstance(message, SetLease):
+                self._residents.set_lease(message.app, message.name, message.lease, now)
+            else:
+                self._residents.set_budget(message.budget_bytes)
+        except HobError as error:
+            return Answer(message.call_id, OutputError(type(error).__name__, error.message, error.retry_after_s))
+        return Answer(message.call_id)
+
     def _change_disk(self, message: ForkContext | DropContext) -> None:
-        """In the disk tier's own thread, after the turns that ended before."""
-        if (swap := self._swap) is None:
-            return
-        app = message.app
-        if isinstance(message, ForkContext):
-            parent_id, child_id = message.parent_id, message.child_id
-            swap.run(lambda: swap.store.fork(app, parent_id, child_id))
-        else:
-            context_id = message.context_id
-            swap.drop(app, context_id)
+        """In the disk tiers' own threads, after the turns that ended before. Models not here learn it when loaded."""
+        for resident in self._residents:
+            if resident.swap is not None:
+                change_disk(resident.swap, message)
 
     def _stats(self) -> Stats:
-        stats = self._scheduler.stats()
-        stats.num_alarms = self._scheduler.placement.prefixes.num_alarms
-        if (swap := self._swap) is not None:
-            stats.num_alarms += swap.store.num_alarms
-            stats.num_blocks_written, stats.num_blocks_read = swap.num_written, swap.num_read
-            stats.num_write_errors, stats.disk_bytes = swap.num_write_errors, swap.store.num_bytes
+        stats = merged([*self._residents.retired, *map(stats_of, self._residents)])
+        stats.memory = self._residents.stats(self._clock())
         return stats
 
     def _report(self, outputs: list[SequenceOutput]) -> None:
-        now = self._clock()
-        is_due = now >= self._stats_due or not self._scheduler.has_work
+        now, residents = self._clock(), self._residents
+        for message in residents.messages:
+            self._inbox.send(message)
+        outputs = outputs + residents.outputs
+        is_due = now >= self._stats_due or not residents.has_work or bool(residents.messages)
+        residents.messages, residents.outputs = [], []
         if is_due:
             self._stats_due = now + STATS_INTERVAL_S
         if outputs or is_due:
             self._inbox.send(Report(outputs, self._stats() if is_due else None))
 
 
-def open_engine(spec: EngineSpec) -> Engine:
-    """The engine a spec asks for, its pool open."""
-    if spec.packed_path:
-        from hob.engine.local import LocalEngine
-
-        engine: Engine = LocalEngine(spec.model_name, spec.packed_path, spec.engine, spec.scheduler.max_step_tokens)
+def change_disk(swap: Swap, message: ForkContext | DropContext) -> None:
+    """Copy or drop a context's references."""
+    app = message.app
+    if isinstance(message, ForkContext):
+        parent_id, child_id = message.parent_id, message.child_id
+        swap.run(lambda: swap.store.fork(app, parent_id, child_id))
     else:
-        from hob.engine.fake import CostModel, FakeEngine
-
-        cost = CostModel(step=spec.fake_step_s) if spec.fake_step_s else None
-        engine = FakeEngine(vocab_size=spec.fake_vocab_size, cost=cost)
-    engine.open_pool(-(-spec.kv_tokens // BLOCK_SIZE))
-    return engine
+        swap.drop(app, message.context_id)
 
 
 def main(fd: int, spec: EngineSpec) -> None:
     """Body of the process."""
-    connection = socket.socket(fileno=fd)
-    start = time.monotonic()
+    connection, start = socket.socket(fileno=fd), time.monotonic()
+    workers = Workers()
+    limits = ResidencyConfig(
+        spec.keep_alive_s,
+        spec.max_keep_alive_s,
+        spec.max_pinned_share,
+        kv_tokens=spec.kv_tokens,
+        max_waiting=spec.scheduler.max_waiting,
+    )
+    residents = Residents(
+        Ledger(spec.budget_bytes), ModelOpener(spec), workers, spec.model_name, limits, spec.scheduler
+    )
+    stepper = Stepper(residents, time.monotonic)
+    inbox = Inbox(connection, stepper.stop, time.monotonic, Watchdog(spec.engine.watchdog_s))
+    for other in spec.others:
+        residents.know(other)
     try:
-        engine = open_engine(spec)
+        resident = residents.load_now(spec.default, start)
     except (HobError, ValueError, OSError, MemoryError) as error:
         name = type(error).__name__ if isinstance(error, HobError) else InternalError.__name__
-        connection.sendall(encode_frame(Failed(name, str(error))))
+        inbox.send(Failed(name, str(error)))
         sys.exit(1)
-    num_blocks = -(-spec.kv_tokens // BLOCK_SIZE)
-    info = engine.info
-    disk = open_disk(spec.disk, engine, spec.packed_path) if spec.disk is not None else None
-    swap, salt_of = (disk.swap, disk.salt_of) if disk is not None else (None, None)
-    scheduler = Scheduler(spec.scheduler, num_blocks, info.context_length, info.vocab_size, swap, salt_of)
-    if swap is not None:
-        swap.recompute_s = scheduler.cost.prompt_s
-    log.info("isa: %s (%s), %d threads", info.isa, info.isa_reason, info.num_threads)
     try:
-        gc.freeze()  # what startup made stays: no pass over all of it between two steps
-        inbox = Inbox(connection, engine.stop, time.monotonic, Watchdog(spec.engine.watchdog_s))
-        inbox.send(Ready(info, num_blocks, BLOCK_SIZE, time.monotonic() - start))
-        Loop(inbox, engine, scheduler, time.monotonic, swap).run()
+        info = residents.info_of(resident)
+        inbox.send(Ready(info, resident.pool.max_blocks, BLOCK_SIZE, time.monotonic() - start))
+        relief = Relief(residents, PressureMonitor())
+        Loop(inbox, residents, stepper, workers, relief, time.monotonic).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         log.info("the API process is gone; exiting")
-    if swap is not None:
-        swap.drain(engine, scheduler.placement.prefixes.find)
-        swap.close()
-    engine.close()
+    residents.close()
 
 
 if __name__ == "__main__":

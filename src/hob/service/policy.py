@@ -146,6 +146,11 @@ class Grant:
         """Whether it may keep a model in memory."""
         return bool(self.rules.leases)
 
+    def check_lease(self) -> None:
+        """Raises PermissionDenied unless it may keep a model in memory."""
+        if not self.may_lease:
+            raise self._denied("leases", "a lease", False)
+
     def service_class(self, asked: ServiceClass | None) -> ServiceClass:
         """The class of a request. Raises PermissionDenied if a more urgent one was asked for than is allowed."""
         most_urgent = ServiceClass[(self.rules.most_urgent or "interactive").upper()]

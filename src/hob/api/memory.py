@@ -1,0 +1,116 @@
+"""/hob/v1/memory and /hob/v1/leases: what the service takes, what it may, and which models stay for whom.
+
+GET    /hob/v1/memory               the ledger and the resident models
+PUT    /hob/v1/memory               {budget}                        owner only: bytes, or e.g. "4GiB"
+PUT    /hob/v1/leases/{model}       {rank?, pin?, keep_alive_s?}    loads the model and holds it for the app
+DELETE /hob/v1/leases/{model}
+POST   /hob/v1/unload               {model}                         owner only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+from fastapi import FastAPI
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from hob.api.body import parse_body
+from hob.api.call import Call
+from hob.api.overview import check_owner
+from hob.api.replies import json_reply
+from hob.api.schema import Body
+from hob.config import parse_bytes
+from hob.errors import ConfigError, InvalidRequest
+from hob.messages import Lease
+
+
+class BudgetRequest(Body, kw_only=True):
+    """Body of PUT /hob/v1/memory."""
+
+    model: str = ""
+    budget: int | str
+
+
+class LeaseRequest(Body, kw_only=True):
+    """Body of PUT /hob/v1/leases/{model}."""
+
+    model: str = ""
+    rank: int = 0
+    pin: bool = False
+    keep_alive_s: float | None = None
+
+
+class UnloadRequest(Body, kw_only=True):
+    """Body of POST /hob/v1/unload."""
+
+    model: str
+
+
+def register(app: FastAPI, call_of: Callable[[HttpRequest], Call]) -> None:
+    """Add the routes."""
+
+    async def show(request: HttpRequest) -> Response:
+        return memory(call_of(request))
+
+    async def change(request: HttpRequest) -> Response:
+        return await set_budget(call_of(request), await request.body())
+
+    async def unload(request: HttpRequest) -> Response:
+        return await unload_model(call_of(request), await request.body())
+
+    async def hold(request: HttpRequest) -> Response:
+        return await hold_model(call_of(request), request.path_params["name"], await request.body())
+
+    async def let_go(request: HttpRequest) -> Response:
+        return await end_lease(call_of(request), request.path_params["name"])
+
+    app.router.add_route("/hob/v1/memory", show, methods=["GET"])
+    app.router.add_route("/hob/v1/memory", change, methods=["PUT"])
+    app.router.add_route("/hob/v1/unload", unload, methods=["POST"])
+    app.router.add_route("/hob/v1/leases/{name:path}", hold, methods=["PUT"])
+    app.router.add_route("/hob/v1/leases/{name:path}", let_go, methods=["DELETE"])
+
+
+def memory(call: Call) -> Response:
+    """The ledger."""
+    return json_reply(msgspec.to_builtins(call.services.backend.stats.memory))
+
+
+async def set_budget(call: Call, raw: bytes) -> Response:
+    """Change the budget of the running service; the setting `budget` is what it starts with."""
+    check_owner(call)
+    body = parse_body(raw, BudgetRequest)
+    try:
+        budget = body.budget if isinstance(body.budget, int) else parse_bytes("budget", body.budget)
+    except ConfigError as error:
+        raise InvalidRequest(error.message, param="budget") from None
+    await call.services.backend.set_budget(budget)
+    return json_reply({"budget_bytes": budget})
+
+
+async def hold_model(call: Call, name: str, raw: bytes) -> Response:
+    """A lease of the calling app."""
+    body = parse_body(raw, LeaseRequest)
+    if (grant := call.record.grant) is not None:
+        grant.check_lease()
+    model = await call.use_model(name)
+    lease = Lease(body.rank, body.pin, body.keep_alive_s)
+    await call.services.backend.set_lease(call.app, model.name, lease)
+    return json_reply({"model": model.name, "app": call.app, **msgspec.to_builtins(lease)})
+
+
+async def end_lease(call: Call, name: str) -> Response:
+    """End it; the model stays until it is idle for its time or its memory is wanted."""
+    model = call.services.loaded_name(name)
+    await call.services.backend.set_lease(call.app, model, None)
+    return json_reply({"model": model, "app": call.app, "deleted": True})
+
+
+async def unload_model(call: Call, raw: bytes) -> Response:
+    """Unload a model once its requests have ended."""
+    check_owner(call)
+    name = call.services.loaded_name(parse_body(raw, UnloadRequest).model)
+    await call.services.backend.unload(name)
+    return json_reply({"model": name, "unloading": True})

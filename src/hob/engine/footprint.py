@@ -1,0 +1,75 @@
+"""What a step's workspace takes, known before the model is loaded: the sizes of csrc/workspace.h, rounded up.
+
+An upper bound: the engine's own figure (`Engine.scratch_bytes`) is held against it when the model is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hob import native
+from hob.config import EngineConfig
+from hob.engine.base import BLOCK_SIZE
+from hob.engine.local import num_usable_cores
+from hob.models.network import Network
+from hob.models.packed_file import open_packed
+
+BLOCK_ROWS = 48
+"""Rows a thread takes through a layer at once."""
+TOPS = 128
+STACKED_RANKS = 768
+"""Most ranks of the adapters of a fused layer, side by side."""
+PARTIALS = 2048
+SLACK = 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSizes:
+    """What a model takes in the compute core."""
+
+    weight_bytes: int
+    scratch_bytes: int
+    block_bytes: int
+    page_bytes: int
+    """The pool's memory is taken by this much."""
+
+
+def sizes_of(packed_path: str, config: EngineConfig, max_rows: int, max_logits: int) -> EngineSizes:
+    """From the packed file's header. Raises ModelFileError."""
+    packed = open_packed(Path(packed_path))
+    num_threads = config.threads or num_usable_cores()
+    return EngineSizes(
+        weight_bytes=packed.total_bytes - packed.data_offset,
+        scratch_bytes=scratch_bytes(packed.network, max_rows, max_logits, num_threads),
+        block_bytes=packed.network.kv_bytes_per_token() * BLOCK_SIZE,
+        page_bytes=native.KvPool.page_bytes,
+    )
+
+
+def scratch_bytes(network: Network, max_rows: int, max_logits: int, num_threads: int) -> int:
+    """Most bytes beside weights and KV, `max_logits` rows of logits included.
+
+    SmolLM2-135M, 512 rows, 64 of them with logits, two threads: 79 MB, of which states of all layers are 37.
+    """
+    heads = network.num_heads * network.head_dim
+    kv = network.num_kv_heads * network.head_dim
+    widest, ffn, vocab = max(network.hidden_size, heads), network.ffn_size, network.vocab_size + 32
+    states = (network.num_layers + 1) * network.hidden_size  # of all layers, where an app asks for them
+    per_row = states + network.hidden_size + 2 * heads + network.head_dim + 2 * network.num_heads + 2 * TOPS + 256
+    shared = _acts(ffn) + _acts(network.hidden_size) + PARTIALS * (network.head_dim + 8) + BLOCK_ROWS * vocab
+    own = (
+        _acts(widest)
+        + _acts(ffn)
+        + widest
+        + BLOCK_ROWS * (max(heads, kv) + STACKED_RANKS + 96)
+        + 64 * network.head_dim
+        + 5 * vocab
+    )
+    floats = max_rows * per_row + shared + num_threads * own + max_logits * vocab
+    return int(4 * floats * SLACK) + (2 << 20)
+
+
+def _acts(size: int) -> int:
+    """Floats of a linear layer's input: as float32 and, quantised, some ten bytes more in eight."""
+    return BLOCK_ROWS * (size + 32) * 3 // 2

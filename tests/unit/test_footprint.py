@@ -1,0 +1,31 @@
+"""What is reserved before a model is loaded is no less than what it then takes, and not much more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hob.config import EngineConfig
+from hob.engine.footprint import sizes_of
+from hob.engine.local import LocalEngine
+from hob.models.pack import ensure_packed
+from tests.tiny import TinyShape, write_tiny_gguf
+
+SHAPES = {
+    "tiny": TinyShape(),
+    "deep": TinyShape(num_layers=12, hidden_size=256, num_heads=8, num_kv_heads=4, ffn_size=1024),
+    "wide": TinyShape(num_layers=1, hidden_size=1024, num_heads=16, num_kv_heads=16, ffn_size=512),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("threads", [1, 4])
+def test_the_estimate_holds(tmp_path: Path, name: str, threads: int) -> None:
+    packed = ensure_packed(write_tiny_gguf(tmp_path / f"{name}.gguf", quant="Q8_0", shape=SHAPES[name]))
+    config = EngineConfig(threads=threads)
+    sizes = sizes_of(str(packed), config, max_rows=512, max_logits=64)
+    engine = LocalEngine(name, packed, config, max_rows=512, max_logits=64)
+    assert engine.scratch_bytes <= sizes.scratch_bytes < 1.6 * engine.scratch_bytes + (4 << 20)
+    assert engine.info.weight_bytes <= sizes.weight_bytes < engine.info.weight_bytes + 65536
+    assert (engine.block_bytes, engine.page_bytes) == (sizes.block_bytes, sizes.page_bytes)

@@ -1,0 +1,318 @@
+"""Models that come and go in virtual time: loading on demand, who makes room, leases, budget, refusals, faults."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tests.models_world import BLOCK_BYTES, BUDGET, KV_TOKENS, MB, House, solo
+
+from hob.errors import Conflict, InvalidRequest, ModelNotFound, NotFound, PermissionDenied
+from hob.kvcache.pool import BLOCK_SIZE
+from hob.messages import Lease, ModelSpec
+from hob.service.residents import DRAIN_AFTER_S, MIN_STAY_S, ResidencyConfig
+
+
+def house_of(*names: str, size: int = 6 * MB, **fields: object) -> House:
+    return House(dict.fromkeys(names, size), **fields)  # type: ignore[arg-type]
+
+
+def test_a_request_waits_for_its_model_and_gets_its_solo_reply() -> None:
+    house = house_of("a", "b")
+    for name in ("a", "b"):
+        house.ask(name, name)
+    house.ask("default", "")
+    house.run()
+    assert house.tokens("a") == house.tokens("b") == house.tokens("default") == solo(40, 8)
+    assert house.loaded == {"a", "b"}
+    with pytest.raises(ModelNotFound, match="'c' is not known here. Known: a, b"):
+        house.ask("c", "c")
+
+
+def test_room_for_a_third_is_made_by_the_least_recently_used_and_never_by_the_default_first() -> None:
+    house = house_of("a", "b", "c", "d")
+    for name in ("a", "b", "c"):
+        house.ask(name, name)
+        house.run()
+        house.clock.sleep(1)
+    assert house.loaded == {"a", "b", "c"}
+    house.ask("d", "d")
+    house.run()
+    assert house.loaded == {"a", "c", "d"}
+    assert house.unloaded == ["b"]
+    assert house.tokens("d") == solo(40, 8)
+    assert house.peak_bytes <= BUDGET
+
+
+def test_a_rank_outlasts_recency_and_a_pin_outlasts_all() -> None:
+    house = house_of("a", "b", "c", "d", "e", limits=ResidencyConfig(kv_tokens=KV_TOKENS, max_rank=3))
+    for name in ("a", "b", "c"):
+        house.ask(name, name)
+        house.run()
+        house.clock.sleep(1)
+    house.residents.set_lease("app", "b", Lease(rank=2), house.clock.now)
+    house.ask("d", "d")
+    house.run()
+    assert house.loaded == {"a", "b", "d"}
+    house.residents.set_lease("app", "b", Lease(is_pinned=True), house.clock.now)
+    with pytest.raises(PermissionDenied, match="would pin .* with 'd'. The owner allows 10,000,000"):
+        house.residents.set_lease("app", "d", Lease(is_pinned=True), house.clock.now)
+    house.residents.set_lease("other", "d", Lease(is_pinned=True), house.clock.now)
+    house.ask("e", "e")
+    house.run()
+    assert house.loaded == {"b", "d", "e"}  # even the default goes before a pinned one
+    with pytest.raises(Conflict, match="pinned by app"):
+        house.residents.unload("b", house.clock.now)
+    house.residents.set_lease("app", "b", None, house.clock.now)
+    house.residents.unload("b", house.clock.now)
+    house.run()
+    assert house.loaded == {"d", "e"}
+    with pytest.raises(NotFound, match="'b' is not loaded. Loaded: "):
+        house.residents.unload("b", house.clock.now)
+    with pytest.raises(NotFound, match="'x' is not loaded"):
+        house.residents.set_lease("app", "x", Lease(), house.clock.now)
+    house.residents.set_lease("app", "b", Lease(rank=3), house.clock.now)
+    house.run()
+    assert "b" in house.loaded
+
+
+def test_a_lease_is_held_to_the_owners_caps() -> None:
+    house = house_of("a", limits=ResidencyConfig(max_rank=3, max_keep_alive_s=60))
+    house.ask("a", "a")
+    house.run()
+    for lease in (Lease(rank=4), Lease(keep_alive_s=61)):
+        with pytest.raises(PermissionDenied, match="The owner allows rank 3 and 60 s"):
+            house.residents.set_lease("app", "a", lease, house.clock.now)
+    house.residents.set_lease("app", "a", Lease(rank=3, keep_alive_s=60), house.clock.now)
+    assert house.residents.stats(0.0).models[0].leases == ["app"]
+
+
+def test_idle_models_go_in_their_time_and_the_default_stays() -> None:
+    house = house_of("a", "b", "c", limits=ResidencyConfig(keep_alive_s=300))
+    for name in ("a", "b", "c"):
+        house.ask(name, name)
+    house.run()
+    house.residents.set_lease("app", "c", Lease(keep_alive_s=1000), house.clock.now)
+    assert house.residents.next_due_s(house.clock.now) == pytest.approx(300, abs=5)
+    house.clock.sleep(301)
+    house.run()
+    assert house.loaded == {"a", "c"}
+    house.clock.sleep(700)
+    house.run()
+    assert house.loaded == {"a"}
+    assert house.residents.next_due_s(house.clock.now) is None
+    house.ask("again", "b")
+    house.run()
+    assert house.tokens("again") == solo(40, 8)
+
+
+def test_a_busy_model_is_drained_for_one_that_waits_and_no_request_is_lost() -> None:
+    house = house_of("a", "b", size=12 * MB)
+    house.ask("long", "a", max_tokens=1500)
+    while house.clock.now < MIN_STAY_S:
+        house.step()
+    house.ask("other", "b")
+    while house.clock.now < MIN_STAY_S + DRAIN_AFTER_S + 0.2:
+        house.step()
+    assert not house.is_done("long")
+    assert house.residents.stats(house.clock.now).models[0].state == "draining"
+    house.ask("late", "a")  # behind the one that waits
+    house.run(120)
+    assert house.tokens("long") == solo(40, 1500)
+    assert house.tokens("other") == house.tokens("late") == solo(40, 8)
+    assert house.unloaded == ["a", "b"]
+    assert house.peak_bytes <= BUDGET
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
+    house = house_of("a", "b", size=12 * MB)
+    house.opener.sizes["b"] = 21 * MB
+    house.residents.load(1, ModelSpec("b", ""), house.clock.now)
+    house.ask("r", "b")
+    house.run()
+    error = house.answers[1].error
+    assert error is not None
+    assert error.name == "ModelTooLarge"
+    assert "needs 21,004,096 bytes (weights 21,000,000, kv 4,096, that is 512 tokens)" in error.message
+    assert "the memory budget is 20,000,000" in error.message
+    assert house.answers[1].room_bytes == BUDGET - 4096
+    assert house.error("r") == "ModelTooLarge"
+
+
+def test_what_does_not_fit_beside_pinned_ones_is_refused_and_names_them() -> None:
+    house = house_of("a", "b", size=12 * MB, limits=ResidencyConfig(max_pinned_share=1.0))
+    house.ask("a", "a")
+    house.run()
+    house.residents.set_lease("app", "a", Lease(is_pinned=True), house.clock.now)
+    house.ask("b", "b")
+    house.run()
+    assert house.error("b") == "Overloaded"
+    assert "pinned for a" in str(house.outputs["b"][0].error)
+
+
+def test_a_model_that_does_not_load_is_told_to_all_and_leaves_nothing() -> None:
+    house = house_of("a", "b")
+    house.opener.broken.add("b")
+    house.residents.load(7, ModelSpec("b", ""), 0.0)
+    house.ask("one", "b")
+    house.ask("two", "b")
+    house.ask("three", "b")
+    house.residents.cancel("three", 0.0)
+    house.run()
+    assert house.error("one") == house.error("two") == "ModelFileError"
+    assert "three" not in house.outputs
+    error = house.answers[7].error
+    assert error is not None
+    assert error.name == "ModelFileError"
+    assert house.ledger.reserved_bytes == 0
+    house.opener.broken.clear()
+    house.ask("again", "b")
+    house.run()
+    assert house.tokens("again") == solo(40, 8)
+
+
+def test_every_reservation_may_fail() -> None:
+    n, num_failed = 0, 0
+    while n < 60:
+        n += 1
+        house = house_of("a", "b")
+        house.ledger.fail_at = n
+        for name in ("a", "b"):
+            house.ask(name, name, num_prompt=700, max_tokens=100)
+        house.run()
+        for name in ("a", "b"):
+            assert house.is_done(name), f"reservation {n} failed and request {name} never ended"
+            assert house.error(name) is not None or house.tokens(name) == solo(700, 100)
+            num_failed += house.error(name) is not None
+        if house.ledger._num_asked < n:
+            break
+    assert 3 < n < 60
+    assert num_failed >= 3
+
+
+def test_kv_grows_with_what_is_wanted_and_is_given_back() -> None:
+    house = house_of("a", "b", size=MB)
+    house.ask("small", "a")
+    house.run()
+    least = house.ledger.held_by("a")["kv"]
+    house.ask("large", "a", num_prompt=3000)
+    house.run()
+    most = house.ledger.held_by("a")["kv"]
+    assert least < 3000 * 8 <= most
+    assert house.residents.relieve(1) >= most - least
+    assert "kv" not in house.ledger.held_by("a")
+    house.ask("again", "a", num_prompt=3000)
+    house.run()
+    assert house.tokens("again") == solo(3000, 8)
+
+
+def test_one_models_cache_makes_room_for_anothers_sequences() -> None:
+    size = (17 << 20) // 2
+    kv = 300 * BLOCK_BYTES
+    house = house_of("a", "b", size=size, budget=2 * size + kv)
+    house.ask("a", "a", num_prompt=3500)
+    house.run()
+    house.ask("b", "b", num_prompt=3500)
+    house.run()
+    assert house.tokens("a") == house.tokens("b") == solo(3500, 8)
+    assert house.loaded == {"a", "b"}
+    assert house.peak_bytes <= 2 * size + kv
+    assert house.ledger.held_by("a").get("kv", 0) < house.ledger.held_by("b")["kv"]
+
+
+def test_both_models_want_more_than_there_is_and_both_end() -> None:
+    size = (17 << 20) // 2
+    house = house_of("a", "b", size=size, budget=2 * size + 260 * BLOCK_BYTES)
+    for i in range(3):
+        for name in ("a", "b"):
+            house.ask(f"{name}{i}", name, num_prompt=1500 + i, max_tokens=400)
+    house.run(300)
+    for i in range(3):
+        for name in ("a", "b"):
+            assert house.tokens(f"{name}{i}") == solo(1500 + i, 400)
+    assert house.peak_bytes <= house.ledger.budget_bytes
+
+
+def test_the_budget_can_shrink_and_grow_while_running() -> None:
+    house = house_of("a", "b", size=9 * MB)
+    for name in ("a", "b"):
+        house.ask(name, name, num_prompt=2000)
+    house.run()
+    house.residents.set_budget(17 * MB)
+    house.run()
+    assert house.ledger.reserved_bytes <= 17 * MB
+    assert house.loaded == {"a"}
+    a = house.residents.get("a")
+    assert a is not None
+    house.opener.sizes["a"] = 0
+    with pytest.raises(InvalidRequest, match="the memory budget is 1,000 bytes. Expected at least 16,777,216"):
+        house.residents.set_budget(1000)
+    house.residents.set_budget(BUDGET)
+    house.ask("again", "b", num_prompt=2000)
+    house.run()
+    assert house.loaded == {"a", "b"}
+
+
+def test_a_shrunk_budget_lets_running_requests_end_and_refuses_what_no_longer_fits() -> None:
+    size = (16 << 20) + 5 * 4096
+    house = house_of("a", size=size, budget=size + 200 * BLOCK_BYTES)
+    house.ask("running", "a", num_prompt=1000, max_tokens=200)
+    while not house.tokens("running"):
+        house.step()
+    for i in range(2):
+        house.ask(f"waiting{i}", "a", num_prompt=2500 + i)
+    house.step()
+    house.residents.set_budget(size + 100 * BLOCK_BYTES)
+    house.run()
+    assert house.tokens("running") == solo(1000, 200)
+    assert [house.error(f"waiting{i}") for i in range(2)] == ["Overloaded"] * 2
+    assert house.ledger.reserved_bytes <= house.ledger.budget_bytes
+    a = house.residents.get("a")
+    assert a is not None
+    assert house.residents.info_of(a).context_length == a.pool.max_blocks * BLOCK_SIZE < 1700
+
+
+def test_random_days_keep_the_ledger_under_the_budget() -> None:
+    rng = random.Random(4)
+    sizes = {name: rng.randrange(1, 9) * MB for name in "abcdef"}
+    house = House(sizes)
+    asked: dict[str, tuple[int, int]] = {}
+    for i in range(150):
+        name, model = f"r{i}", rng.choice("abcdef")
+        shape = rng.randrange(1, 900), rng.randrange(1, 40)
+        house.ask(name, model, *shape, app=rng.choice("xyz"))
+        asked[name] = shape
+        for _ in range(rng.randrange(6)):
+            house.step()
+        if rng.random() < 0.1:
+            house.clock.sleep(rng.choice((1, 10, 400)))
+        if rng.random() < 0.05:
+            house.residents.relieve(rng.randrange(1, 4))
+    house.run(1000)
+    for name, shape in asked.items():
+        assert house.tokens(name) == solo(*shape), name
+    assert house.peak_bytes <= BUDGET
+    assert house.residents.num_unloads > 4
+
+
+def test_a_block_that_is_given_back_while_it_counts_changes_replies() -> None:
+    """Positive control of the tests above: what discards too much does not stay unseen."""
+    house = house_of("a", size=MB)
+    house.ask("first", "a", num_prompt=1000)
+    house.run()
+    engine, a = house.opener.engines["a"], house.residents.get("a")
+    assert a is not None
+    engine.discard(0, engine.page_bytes * (a.pool.num_blocks // 4))
+    house.ask("again", "a", num_prompt=1000)
+    house.run()
+    assert house.tokens("again") != solo(1000, 8)
+
+
+def test_a_ledger_that_grants_everything_goes_over_the_budget() -> None:
+    """Positive control of `peak_bytes`."""
+    house = house_of("a", "b", "c", "d", size=8 * MB)
+    house.ledger.budget_bytes = 1 << 40
+    for name in "abcd":
+        house.ask(name, name)
+        house.run()
+    assert house.peak_bytes > BUDGET
