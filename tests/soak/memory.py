@@ -100,7 +100,7 @@ def make_models(folder: Path) -> None:
         ensure_packed(write_tiny_gguf(folder / f"{name}.gguf", seed, "F32", SHAPE))
 
 
-def run(seconds: float, seed: int, acts: int = ACTS, granted: int | None = None) -> Findings:
+def run(seconds: float, seed: int, acts: int = ACTS, clients: int = CLIENTS, granted: int | None = None) -> Findings:
     """The soak. granted: what the daemon is told its budget is, where that is not what it is held to (the control)."""
     findings, rng = Findings(), random.Random(seed)
     with short_folder() as home:
@@ -112,8 +112,8 @@ def run(seconds: float, seed: int, acts: int = ACTS, granted: int | None = None)
                 while time.monotonic() < start + seconds:
                     if granted is None:
                         change_budget(owner, sampler, rng.choice(BUDGETS))
-                    with ThreadPoolExecutor(CLIENTS) as pool:
-                        seeds = [rng.random() for _ in range(CLIENTS)]
+                    with ThreadPoolExecutor(clients) as pool:
+                        seeds = [rng.random() for _ in range(clients)]
                         for client_findings in pool.map(lambda s: play(daemon, s, acts), seeds):
                             findings.num_requests += client_findings.num_requests
                             findings.num_refused += client_findings.num_refused

@@ -8,10 +8,10 @@ from tests.soak.memory import BUDGETS, run, slope
 
 
 def test_pss_stays_under_the_budget_and_the_stated_overhead() -> None:
-    findings = run(seconds=1.0, seed=1, acts=4)
+    findings = run(seconds=1.0, seed=1, acts=6, clients=2)
     assert not findings.wrong
-    assert findings.num_requests >= 14
-    assert findings.num_loads >= 4
+    assert findings.num_requests + findings.num_refused == 12
+    assert findings.num_loads >= 3
     assert findings.num_samples > 20
     assert findings.worst_bytes < findings.overhead_bytes
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.tiny import TinyShape, write_tiny_gguf
 
 from hob.config import EngineConfig
 from hob.engine.footprint import sizes_of
 from hob.engine.local import LocalEngine
 from hob.models.pack import ensure_packed
-from tests.tiny import TinyShape, write_tiny_gguf
 
 SHAPES = {
     "tiny": TinyShape(),

@@ -233,6 +233,18 @@ def test_both_models_want_more_than_there_is_and_both_end() -> None:
     assert house.peak_bytes <= house.ledger.budget_bytes
 
 
+def test_models_whose_sequences_fit_only_alone_take_turns() -> None:
+    size = (17 << 20) // 2
+    house = house_of("a", "b", size=size, budget=2 * size + 150 * BLOCK_BYTES)
+    for name in ("a", "b"):
+        house.ask(name, name)
+    house.run()
+    for name in ("a", "b"):
+        house.ask(f"{name}-long", name, num_prompt=3500)
+    house.run(120)
+    assert house.tokens("a-long") == house.tokens("b-long") == solo(3500, 8)
+
+
 def test_the_budget_can_shrink_and_grow_while_running() -> None:
     house = house_of("a", "b", size=9 * MB)
     for name in ("a", "b"):

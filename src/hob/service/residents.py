@@ -42,10 +42,14 @@ from hob.service.workers import Workers
 
 log = logging.getLogger("hob.engine")
 
-DRAIN_AFTER_S = 2.0
+DRAIN_AFTER_S = 1.0
 """How long a wanted model waits for busy ones before one of them is drained."""
-MIN_STAY_S = 5.0
+MIN_STAY_S = 2.0
 """A model is not drained sooner after it was loaded: loading must be worth it."""
+TIE_S = 0.5
+"""How long two models may both wait for memory that neither can have beside the other."""
+GRACE_S = 1.0
+"""Nor is it unloaded for another one sooner, though idle: who asked for it is about to send the request."""
 
 
 class Opener(Protocol):
@@ -120,6 +124,8 @@ class Residents:
         self._closing: dict[str, Resident] = {}
         self._wanted: dict[str, _Wanted] = {}
         self._leases: dict[str, dict[str, Lease]] = {}
+        self._now = 0.0
+        self._tied_since: float | None = None
 
     def __iter__(self) -> Iterator[Resident]:
         """All that are ready or draining."""
@@ -191,6 +197,7 @@ class Residents:
             del self._wanted[spec.name]
             self._release(spec.name)
             raise
+        self._now = now
         self._loaded(wanted, None)
         if (resident := self.get(spec.name)) is None:
             raise Overloaded(f"the memory for the KV of model '{spec.name}' is gone", retry_after_s=2.0)
@@ -254,6 +261,7 @@ class Residents:
 
     def tick(self, now: float) -> None:
         """Take in what was loaded, begin what can be, let go of what is idle or over the budget."""
+        self._now = now
         self._workers.take()
         for resident in self:
             if resident.scheduler.has_work:
@@ -264,8 +272,35 @@ class Residents:
             self._go_on_closing(resident)
         if self.ledger.free_bytes < 0:
             self.make_room(0)
+        self._break_tie(now)
         if self._wanted and not any(wanted.is_loading for wanted in self._wanted.values()):
             self._begin_one(now)
+
+    def _break_tie(self, now: float) -> None:
+        """Models whose waiting sequences fit only without each other's weights: the lowest gives way.
+
+        Its requests that have brought nothing yet come again when it is back; the others end with an error.
+        """
+        busy = [resident for resident in self if resident.scheduler.has_work]
+        if len(busy) < 2 or self._closing or any(resident.scheduler.running for resident in busy):
+            self._tied_since = None
+        elif self._tied_since is None:
+            self._tied_since = now
+        elif now - self._tied_since > TIE_S:
+            self._tied_since = None
+            self._give_way(min(busy, key=self._worth), now)
+
+    def _give_way(self, resident: Resident, now: float) -> None:
+        log.warning("model '%s' gives way: its requests and another model's do not fit together", resident.name)
+        waiting = resident.scheduler.waiting
+        touched = {s.request.request_id for s in waiting if s.num_generated or s.matcher is not None}
+        for request_id, request in {s.request.request_id: s.request for s in waiting}.items():
+            resident.scheduler.cancel(request_id, now)
+            if request_id in touched:
+                self._end(request, Overloaded("memory ran short while the reply was being made", retry_after_s=5.0))
+            else:
+                self._want(resident.spec, now).requests.append((request, ()))
+        self._close(resident)
 
     def next_due_s(self, now: float) -> float | None:
         """Seconds until an idle model's time is over. None: no such time."""
@@ -304,6 +339,8 @@ class Residents:
                     return True
                 resident.shrink(lack, contexts_too=contexts_too)
         for resident in self._victims(keep):
+            if keep and self._now - resident.since < GRACE_S:
+                continue
             if num_bytes - self.ledger.free_bytes <= sum(r.num_bytes for r in self._closing.values()):
                 break
             self._close(resident)
@@ -467,7 +504,7 @@ class Residents:
             self._refuse(wanted, known)
             return
         opened.scheduler.order.fairness = self.fairness
-        resident = Resident(wanted.spec, opened, footprint, self.ledger, wanted.since)
+        resident = Resident(wanted.spec, opened, footprint, self.ledger, self._now)
         surplus = opened.engine.scratch_bytes - footprint.scratch_bytes
         self.ledger.release(f"{name}/kv")  # what was reserved for it is what it takes now
         is_short = surplus > 0 and not self.ledger.reserve(f"{name}/scratch", surplus)
