@@ -7,6 +7,7 @@ import pytest
 from tests.soak.memory import BUDGETS, run, slope
 
 
+@pytest.mark.slow
 def test_pss_stays_under_the_budget_and_the_stated_overhead() -> None:
     findings = run(seconds=1.0, seed=1, acts=6, clients=2)
     assert not findings.wrong

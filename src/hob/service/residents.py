@@ -48,6 +48,8 @@ MIN_STAY_S = 2.0
 """A model is not drained sooner after it was loaded: loading must be worth it."""
 TIE_S = 0.5
 """How long two models may both wait for memory that neither can have beside the other."""
+MAX_BEHIND_S = 20.0
+"""How long a model that gave way stands back at most."""
 GRACE_S = 1.0
 """Nor is it unloaded for another one sooner, though idle: who asked for it is about to send the request."""
 
@@ -88,6 +90,9 @@ class _Wanted:
     footprint: Footprint | None = None
     is_loading: bool = False
     opened: Opened | None = None
+    behind: set[str] = field(default_factory=set)
+    """Models that it gave way to: it stands back while they have work, up to `behind_until`."""
+    behind_until: float = 0.0
 
 
 class Residents:
@@ -300,6 +305,9 @@ class Residents:
                 self._end(request, Overloaded("memory ran short while the reply was being made", retry_after_s=5.0))
             else:
                 self._want(resident.spec, now).requests.append((request, ()))
+        if (wanted := self._wanted.get(resident.name)) is not None:
+            wanted.behind = {other.name for other in self if other is not resident and other.scheduler.has_work}
+            wanted.behind_until = now + MAX_BEHIND_S
         self._close(resident)
 
     def next_due_s(self, now: float) -> float | None:
@@ -423,6 +431,8 @@ class Residents:
         for wanted in sorted(self._wanted.values(), key=lambda w: w.since):
             if wanted.spec.name in self._residents or wanted.spec.name in self._closing:
                 continue  # on its way out: it comes back when it is gone
+            if now < wanted.behind_until and any(r.name in wanted.behind and r.scheduler.has_work for r in self):
+                continue
             try:
                 if self._reserve(wanted, now):
                     self._load(wanted)
