@@ -24,7 +24,7 @@ SHAPES = {
 def test_the_estimate_holds(tmp_path: Path, name: str, threads: int) -> None:
     packed = ensure_packed(write_tiny_gguf(tmp_path / f"{name}.gguf", quant="Q8_0", shape=SHAPES[name]))
     config = EngineConfig(threads=threads)
-    sizes = sizes_of(str(packed), config, max_rows=512, max_logits=64)
+    sizes = sizes_of(name, str(packed), config, max_rows=512, max_logits=64)
     engine = LocalEngine(name, packed, config, max_rows=512, max_logits=64)
     assert engine.scratch_bytes <= sizes.scratch_bytes < 1.6 * engine.scratch_bytes + (4 << 20)
     assert engine.info.weight_bytes <= sizes.weight_bytes < engine.info.weight_bytes + 65536

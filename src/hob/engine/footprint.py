@@ -5,13 +5,16 @@ An upper bound: the engine's own figure (`Engine.scratch_bytes`) is held against
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from hob import native
 from hob.config import EngineConfig
+from hob.engine.adapters import find_adapters, loaded_bytes, read_adapter
 from hob.engine.base import BLOCK_SIZE
 from hob.engine.local import num_usable_cores
+from hob.errors import ModelFileError
 from hob.models.network import Network
 from hob.models.packed_file import open_packed
 
@@ -35,16 +38,25 @@ class EngineSizes:
     """The pool's memory is taken by this much."""
 
 
-def sizes_of(packed_path: str, config: EngineConfig, max_rows: int, max_logits: int) -> EngineSizes:
-    """From the packed file's header. Raises ModelFileError."""
+def sizes_of(name: str, packed_path: str, config: EngineConfig, max_rows: int, max_logits: int) -> EngineSizes:
+    """From the packed file's header, and what the model's adapters hold. Raises ModelFileError."""
     packed = open_packed(Path(packed_path))
     num_threads = config.threads or num_usable_cores()
     return EngineSizes(
-        weight_bytes=packed.total_bytes - packed.data_offset,
+        weight_bytes=packed.total_bytes - packed.data_offset + _adapter_bytes(name, packed.network, config),
         scratch_bytes=scratch_bytes(packed.network, max_rows, max_logits, num_threads),
         block_bytes=packed.network.kv_bytes_per_token() * BLOCK_SIZE,
         page_bytes=native.KvPool.page_bytes,
     )
+
+
+def _adapter_bytes(name: str, network: Network, config: EngineConfig) -> int:
+    """Those that cannot be used take nothing: the engine says which and why."""
+    total = 0
+    for path in find_adapters(Path(config.adapters) / name).values() if config.adapters else ():
+        with contextlib.suppress(ModelFileError):
+            total += loaded_bytes(read_adapter(path, network))
+    return total
 
 
 def scratch_bytes(network: Network, max_rows: int, max_logits: int, num_threads: int) -> int:
@@ -54,9 +66,11 @@ def scratch_bytes(network: Network, max_rows: int, max_logits: int, num_threads:
     """
     heads = network.num_heads * network.head_dim
     kv = network.num_kv_heads * network.head_dim
-    widest, ffn, vocab = max(network.hidden_size, heads), network.ffn_size, network.vocab_size + 32
+    ffn = network.expert_ffn_size or network.ffn_size
+    widest, vocab = max(network.hidden_size, heads), network.vocab_size + 32
     states = (network.num_layers + 1) * network.hidden_size  # of all layers, where an app asks for them
     per_row = states + network.hidden_size + 2 * heads + network.head_dim + 2 * network.num_heads + 2 * TOPS + 256
+    per_row += network.hidden_size * network.post_norms + network.num_active_experts * (network.hidden_size + 36)
     shared = _acts(ffn) + _acts(network.hidden_size) + PARTIALS * (network.head_dim + 8) + BLOCK_ROWS * vocab
     own = (
         _acts(widest)

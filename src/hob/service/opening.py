@@ -62,7 +62,7 @@ class ModelOpener:
         from hob.engine.footprint import sizes_of
 
         limits = self._spec.scheduler
-        sizes = sizes_of(spec.packed_path, self._spec.engine, limits.max_step_tokens, limits.max_running)
+        sizes = sizes_of(spec.name, spec.packed_path, self._spec.engine, limits.max_step_tokens, limits.max_running)
         return self._with_buffers(
             Footprint(sizes.weight_bytes, sizes.scratch_bytes, sizes.block_bytes, sizes.page_bytes)
         )
