@@ -114,7 +114,7 @@ class _Routes:
         from hob.heads.store import check_name
 
         body = parse_body(raw, TrainRequest)
-        call.services.resolve_model(body.model)
+        model = await call.use_model(body.model)
         check_name(task)
         if not body.examples:
             raise InvalidRequest("field 'examples' is empty. Expected texts with labels.", param="examples")
@@ -130,13 +130,16 @@ class _Routes:
             "examples": [(e.text, e.label) for e in body.examples],
             "words": body.words,
             "max_tokens": body.max_tokens,
+            "model": model.name,
+            "quantisation": model.quantisation,
+            "num_layers": model.num_layers,
         }
         training = self._trainings.start(call.app, task, msgspec.json.encode(job))
         return json_reply({"id": task, "object": "task", "training": training.as_object()}, 202)
 
     async def run(self, call: Call, task: str, raw: bytes) -> Response:
         body = parse_body(raw, RunRequest)
-        model = call.services.resolve_model(body.model)
+        model = await call.use_model(body.model)
         head = await asyncio.to_thread(self._store_of(call).load, call.app, task, body.version)
         head.check_model(model.name, model.quantisation)
         if not 1 <= len(body.texts) <= MAX_INPUTS or not all(text.strip() for text in body.texts):

@@ -33,13 +33,21 @@ def body_of(texts: list[str], features: Features) -> dict[str, Any]:
 
 
 def gather(
-    client: Client, texts: list[str], features: Features, progress: Progress | None = None, cache: Path | None = None
+    client: Client,
+    texts: list[str],
+    features: Features,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+    model: str = "",
 ) -> States:
-    """(n, pools x layers x hidden size). cache: a folder for what was computed; it is found again by content."""
+    """(n, pools x layers x hidden size). model: by name; empty: the default one.
+
+    cache: a folder for what the default model computed; it is found again by content.
+    """
     rows: list[States] = []
     for start in range(0, len(texts), CALL_TEXTS):
         some = texts[start : start + CALL_TEXTS]
-        rows.append(_cached(client, some, features, cache))
+        rows.append(_cached(client, some, features, cache) if not model else _ask(client, some, features, model))
         if progress is not None:
             progress(start + len(some), len(texts))
     return np.concatenate(rows)
@@ -62,6 +70,6 @@ def _cached(client: Client, texts: list[str], features: Features, cache: Path | 
     return states
 
 
-def _ask(client: Client, texts: list[str], features: Features) -> States:
-    reply = client.features(**body_of(texts, features))
+def _ask(client: Client, texts: list[str], features: Features, model: str = "") -> States:
+    reply = client.features(**body_of(texts, features), model=model)
     return np.stack([np.frombuffer(base64.b64decode(data), np.float32) for data in reply["data"]])

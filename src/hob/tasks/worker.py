@@ -46,6 +46,10 @@ class Job(msgspec.Struct):
     """Where heads are kept."""
     examples: list[tuple[str, str]]
     """(text, label)"""
+    model: str
+    """Whose states it reads, with the next two."""
+    quantisation: str
+    num_layers: int
     words: bool | None = None
     """Whether words of the text count beside hidden states. None: whichever cross-validation likes better."""
     max_tokens: int = 1024
@@ -85,17 +89,16 @@ def run(job: Job, client: Client) -> Outcome:
         raise UserError(f"training needs scikit-learn ({error}). Install it: pip install 'hob-slm[tasks]'") from None
     kept = train.sample([e.text for e in inside], labels)
     inside = [inside[i] for i in kept]
-    model = client.stats()["model"]
-    gathered = train.gathered_features(model["num_layers"], all(is_marked(e.text) for e in examples), job.max_tokens)
+    gathered = train.gathered_features(job.num_layers, all(is_marked(e.text) for e in examples), job.max_tokens)
     texts = [e.text for e in inside + outside]
-    states = gather(client, texts, gathered, lambda done, of: tell(step="reading", done=done, of=of))
+    states = gather(client, texts, gathered, lambda done, of: tell(step="reading", done=done, of=of), model=job.model)
     head = train.train(
         job.task,
         [e.text for e in inside],
         [e.label for e in inside],
         states[: len(inside)],
         gathered,
-        (model["name"], model["quantisation"]),
+        (job.model, job.quantisation),
         with_words=job.words,
         progress=lambda step: tell(step=step),
     )
