@@ -21,7 +21,7 @@ def test_overview_has_what_the_page_draws(http: httpx.Client) -> None:
     state = http.get("/hob/v1/overview").json()
     assert state["models"][0]["name"] == "scripted"
     assert state["memory"]["pss_bytes"] > 0
-    assert {part["name"] for part in state["memory"]["parts"]} >= {"weights", "KV in use"}
+    assert "processes" in {part["name"] for part in state["memory"]["parts"]}
     assert set(state["series"]) >= {"time", "ttft_ms", "output_tok_s"}
 
 

@@ -59,7 +59,7 @@ def test_top_draws_what_json_says(daemon: Daemon) -> None:
     assert state["models"][0]["is_loaded"]
     assert all(each["app"][:6] in shown for each in state["apps"])
     assert "memory" in shown
-    assert "KV in use" in shown
+    assert "processes" in shown
 
 
 def test_every_line_of_a_json_log_is_an_object() -> None:

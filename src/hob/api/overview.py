@@ -91,15 +91,20 @@ async def make_overview(services: Services) -> dict[str, Any]:
 
 
 def _models(services: Services) -> list[dict[str, Any]]:
+    """Every model that can be asked for; of those in memory, what the ledger says, and of the default one its facts."""
     try:
         loaded, error = services.backend.model, None
     except HobError as caught:
         loaded, error = None, caught.message
+    resident = {model.name: model for model in services.backend.stats.memory.models}
     found = []
     for model in served_models(services) if loaded or services.models else []:
-        entry: dict[str, Any] = {"name": model.name, "is_loaded": loaded is not None and model.name == loaded.name}
-        if loaded is not None and entry["is_loaded"]:
+        is_default = loaded is not None and model.name == loaded.name
+        entry: dict[str, Any] = {"name": model.name, "is_loaded": is_default or model.name in resident}
+        if loaded is not None and is_default:
             entry |= msgspec.to_builtins(loaded)
+        if model.name in resident:
+            entry["resident"] = msgspec.to_builtins(resident[model.name])
         found.append(entry | ({"error": error} if error else {}))
     return found
 
@@ -178,28 +183,20 @@ class _Memory:
 
 
 def _memory(services: Services, processes: list[ProcessMemory]) -> dict[str, Any]:
-    """Where the bytes are. The parts of the engine process are its own figures; what they leave is 'engine'."""
+    """The ledger: what is reserved, for what, of how much; beside it what the processes really take."""
     stats = services.backend.stats
-    try:
-        model = services.backend.model
-    except HobError:
-        weights = block_bytes = 0
-    else:
-        weights, block_bytes = model.weight_bytes, 16 * model.kv_bytes_per_token
-    pss = {process.role: process.pss_bytes for process in processes}
-    held = (stats.num_blocks - stats.num_free_blocks) * block_bytes
-    cached = stats.num_cached_blocks * block_bytes
-    engine = pss.get("engine", 0)
-    parts = {
-        "weights": min(weights, engine),
-        "KV in use": held,
-        "KV reusable": cached,
-        "engine": max(0, engine - weights - held - cached),
-        "API": pss.get("api", 0),
-    }
+    ledger = stats.memory
+    parts = [
+        {"name": account if len(ledger.models) == 1 else f"{model.name}: {account}", "bytes": size}
+        for model in ledger.models
+        for account, size in model.accounts.items()
+    ]
     return {
-        "pss_bytes": sum(pss.values()),
-        "parts": [{"name": name, "bytes": size} for name, size in parts.items()],
+        "pss_bytes": sum(process.pss_bytes for process in processes),
+        "budget_bytes": ledger.budget_bytes,
+        "reserved_bytes": ledger.reserved_bytes + ledger.overhead_bytes,
+        "pressure": ledger.pressure,
+        "parts": [*parts, {"name": "processes", "bytes": ledger.overhead_bytes}],
         "kv_blocks": {"total": stats.num_blocks, "free": stats.num_free_blocks, "cached": stats.num_cached_blocks},
         "disk_bytes": stats.disk_bytes,
     }

@@ -147,8 +147,11 @@ def _curves(series: dict[str, list[Any]]) -> RenderableType:
 def _memory(memory: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
-    total = memory["pss_bytes"] or 1
-    line = Text(f"memory {memory['pss_bytes'] / 1e6:,.0f} MB  ")
+    total = memory["reserved_bytes"] or 1
+    line = Text(
+        f"memory {memory['reserved_bytes'] / 1e6:,.0f} of {memory['budget_bytes'] / 1e6:,.0f} MB reserved, "
+        f"{memory['pss_bytes'] / 1e6:,.0f} MB taken\n"
+    )
     legend = Text()
     for colour, part in zip(PALETTE, memory["parts"], strict=False):
         line.append("█" * round(40 * part["bytes"] / total), colour)

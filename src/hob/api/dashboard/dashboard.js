@@ -172,7 +172,9 @@ function showTiles(overview) {
 }
 
 function showMemory(memory) {
-  $("memory-total").textContent = `${megabytes(memory.pss_bytes)} of RAM, all processes`;
+  const pressure = memory.pressure === "none" ? "" : `, the system is short of memory (${memory.pressure})`;
+  $("memory-total").textContent = `${megabytes(memory.reserved_bytes)} reserved of a budget of ` +
+    `${megabytes(memory.budget_bytes)}; the processes take ${megabytes(memory.pss_bytes)}${pressure}`;
   const bars = memory.parts.map((part, i) => {
     const bar = $("memory-bar").children[i] || make("i");
     bar.className = COLOURS[i % COLOURS.length];
@@ -235,12 +237,18 @@ function showRequests(requests, waitsFor) {
 
 function showModels(models) {
   $("models").replaceChildren(...models.map((model) => {
-    const facts = !model.is_loaded ? {} : {
+    const facts = {};
+    if (model.architecture) Object.assign(facts, {
       kind: `${model.architecture}, ${number(model.num_parameters / 1e6)} M parameters, ${model.quantisation}`,
       weights: megabytes(model.weight_bytes),
       context: `${number(model.context_length)} tokens, ${number(model.kv_bytes_per_token)} bytes each`,
       computes: `${model.isa} on ${model.num_threads} threads`,
-    };
+    });
+    if (model.resident) {
+      const { num_bytes, leases, is_pinned, idle_s } = model.resident;
+      facts.reserved = megabytes(num_bytes) + (is_pinned ? ", pinned" : "") + (idle_s ? `, idle for ${duration(idle_s)}` : "");
+      if (leases.length) facts["held by"] = leases.join(", ");
+    }
     return make("div", "model",
       make("h3", "", model.name, make("span", model.is_loaded ? "tag answering" : "tag", model.is_loaded ? "loaded" : "not loaded")),
       make("dl", "", ...Object.entries(facts).flatMap(([name, fact]) => [make("dt", "", name), make("dd", "", fact)])));
