@@ -73,7 +73,7 @@ class Stepper:
 
 
 def limited(config: SchedulerConfig, turn: Turn) -> SchedulerConfig:
-    """The limits of a step where several models take turns."""
+    """The limits of a step where several models take turns. None lends: long gaps would earn others long turns."""
     if turn.max_step_s is not None:
-        return replace(config, max_step_s=min(config.max_step_s, turn.max_step_s))
-    return config if turn.urgent_stretch is None else replace(config, urgent_stretch=turn.urgent_stretch)
+        return replace(config, max_step_s=min(config.max_step_s, turn.max_step_s), lend_every=0)
+    return replace(config, urgent_stretch=turn.urgent_stretch or config.urgent_stretch, lend_every=0)
