@@ -476,7 +476,7 @@ class Residents:
             f"but the memory budget is {self.ledger.budget_bytes:,}"
         )
         if needed > self.ledger.budget_bytes:
-            error = ModelTooLarge(f"{message}.", param="model")
+            error = ModelTooLarge(f"{message} (setting 'budget').", param="model")
             error.room_bytes = max(self.ledger.budget_bytes - (needed - parts["weights"]), 0)
             raise error
         if needed > self.ledger.budget_bytes - pinned_bytes:
