@@ -226,9 +226,9 @@ def test_client_that_leaves_a_stream_cancels(client: openai.OpenAI, backend: Scr
 def test_client_that_leaves_a_whole_reply_cancels(server: Server, backend: ScriptedBackend) -> None:
     backend.delay_s = 0.02
     backend.script = lambda request, index: tokens_of(" more" * 200)
-    with httpx.Client(base_url=server.url, timeout=0.2) as http, pytest.raises(httpx.ReadTimeout):
-        http.post("/v1/chat/completions", json={"model": MODEL, "messages": ASK})
-    wait_for(lambda: backend.num_open == 0, timeout_s=0.5)
+    with httpx.Client(base_url=server.url, timeout=1) as http, pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/chat/completions", json={"model": MODEL, "messages": ASK})  # the whole reply takes 4 s
+    wait_for(lambda: backend.num_open == 0, timeout_s=2)
     assert backend.num_cancelled == 1
 
 
