@@ -99,8 +99,9 @@ def make_engine(config: Config, chosen: Chosen) -> EngineHandle:
     from hob.service.handle import EngineHandle
     from hob.service.loop import EngineSpec
     from hob.service.pressure import memory_bytes
+    from hob.service.public_prompts import PublicPrompts
 
-    return EngineHandle(
+    handle = EngineHandle(
         EngineSpec(
             model_name=chosen.name,
             packed_path=str(chosen.packed or ""),
@@ -117,6 +118,8 @@ def make_engine(config: Config, chosen: Chosen) -> EngineHandle:
             disk=DiskSpec(str(config.contexts_dir), str(config.keys_dir), config.contexts.context_disk_bytes),
         )
     )
+    handle.published = PublicPrompts(config.public_prompts_path).by_model()
+    return handle
 
 
 def _load_text(gguf_path: Path | None) -> tuple[TextCodec, ChatCodec]:
@@ -256,6 +259,7 @@ def make_server(
     from hob.service.conditions import Conditions
     from hob.service.gate import GatedBackend
     from hob.service.policy import Policy
+    from hob.service.public_prompts import PublicPrompts
 
     class Server(uvicorn.Server):
         """Leaves the signals alone: the daemon has them, from before uvicorn was imported."""
@@ -316,6 +320,7 @@ def make_server(
         shelf=shelf,
         apps=apps,
         app_sockets=app_sockets,
+        public_prompts=PublicPrompts(config.public_prompts_path),
         policy=policy,
         conditions=conditions,
         audit=audit,

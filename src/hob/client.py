@@ -120,6 +120,20 @@ class Client:
         with self._errors():
             return _reply_of(self._http.delete(f"/hob/v1/apps/{kind}/{name}"))
 
+    def public_prompts(self) -> list[Reply]:
+        """Prompts that all apps share. For the service's owner."""
+        found: list[Reply] = self._get("/hob/v1/public-prompts")["data"]
+        return found
+
+    def publish(self, name: str, **prompt: Any) -> Reply:
+        """Let all apps share a prompt: `messages=` and `tools=`, or `prompt=`. For the service's owner."""
+        return self._send("PUT", f"/hob/v1/public-prompts/{name}", prompt)
+
+    def unpublish(self, name: str) -> Reply:
+        """Make a prompt private again. For the service's owner."""
+        with self._errors():
+            return _reply_of(self._http.delete(f"/hob/v1/public-prompts/{name}"))
+
     @overload
     def chat(self, messages: Messages, *, stream: Literal[False] = False, **options: Any) -> Reply: ...
     @overload

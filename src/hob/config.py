@@ -185,6 +185,11 @@ class Config:
         return self.paths.home / "keys"
 
     @property
+    def public_prompts_path(self) -> Path:
+        """Prompts that all apps share."""
+        return self.paths.home / "public.json"
+
+    @property
     def adapters_dir(self) -> Path:
         """Where adapters lie, in a folder for each model."""
         return Path(self.engine.adapters) if self.engine.adapters else self.paths.home / "adapters"

@@ -1,7 +1,7 @@
 """What the API process and the engine process say to each other: msgpack frames over one Unix socket pair.
 
-    API -> engine:  Submit, Cancel, Vocabulary, ForkContext, DropContext, LoadModel, UnloadModel, SetLease, SetBudget,
-                    Shutdown
+    API -> engine:  Submit, Cancel, Vocabulary, Publish, ForkContext, DropContext, LoadModel, UnloadModel, SetLease,
+                    SetBudget, Shutdown
     engine -> API:  Ready, Report (one per step), Answer (to the four before Shutdown), Unloaded, Failed
 
 A frame is a 4-byte little-endian length and that many bytes of msgpack. The engine reads what has come between two
@@ -40,6 +40,13 @@ class Vocabulary(msgspec.Struct, tag="vocabulary"):
     stop_token_ids: list[int]
     model: str = ""
     """Whose it is; empty: the default model's."""
+
+
+class Publish(msgspec.Struct, tag="publish"):
+    """The prompts of a model that all apps share from now on. All others are private."""
+
+    model: str
+    prompts: list[list[int]]
 
 
 class ForkContext(msgspec.Struct, tag="fork_context"):
@@ -258,7 +265,7 @@ class Failed(msgspec.Struct, tag="failed"):
 
 
 ToModels = LoadModel | UnloadModel | SetLease | SetBudget
-ToEngine = Submit | Cancel | Vocabulary | ForkContext | DropContext | ToModels | Shutdown
+ToEngine = Submit | Cancel | Vocabulary | Publish | ForkContext | DropContext | ToModels | Shutdown
 FromEngine = Ready | Report | Answer | Unloaded | Failed
 
 _encoder = msgspec.msgpack.Encoder()

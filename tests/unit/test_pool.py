@@ -106,7 +106,7 @@ TestPrefixMachine.settings = settings(max_examples=60, stateful_step_count=40, d
 def test_adapters_have_different_keys_and_no_public_ones() -> None:
     """KV that an adapter computed is of no use to another, nor is a published prompt's of the base."""
     cache, tokens = PrefixCache(4), list(range(40))
-    cache.publish(tokens)
+    cache.publish([tokens])
     keys: dict[str, list[bytes]] = {adapter: [] for adapter in ("", "poems@1", "poems@2")}
     for adapter, found in keys.items():
         cache.extend_keys("a", tokens, found, 40, adapter)

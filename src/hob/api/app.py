@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from hob import __version__
-from hob.api import apps, contexts, info, memory, ollama, ollama_models, page, tasks
+from hob.api import apps, contexts, info, memory, ollama, ollama_models, page, public_prompts, tasks
 from hob.api.call import Call
 from hob.api.chat import chat_completions
 from hob.api.classify import classify
@@ -72,6 +72,7 @@ def create_app(services: Services) -> FastAPI:
     app.router.add_route(page.ENTER + "{secret}", page.enter, methods=["GET"])
     contexts.register(app, _call)
     apps.register(app, _call)
+    public_prompts.register(app, _call)
     tasks.register(app, _call)
     memory.register(app, _call)
     app.openapi = document  # type: ignore[method-assign]

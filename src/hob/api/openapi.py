@@ -48,12 +48,13 @@ GETS = (
     "/hob/v1/contexts",
     "/hob/v1/contexts/{context_id}",
     "/hob/v1/apps",
+    "/hob/v1/public-prompts",
     "/health",
     "/api/tags",
     "/api/ps",
     "/api/version",
 )
-DELETES = ("/hob/v1/contexts/{context_id}", "/hob/v1/apps/{kind}/{name}")
+DELETES = ("/hob/v1/contexts/{context_id}", "/hob/v1/apps/{kind}/{name}", "/hob/v1/public-prompts/{name}")
 _PARAMETER = re.compile(r"{(\w+)}")
 _ERROR = {
     "description": "What happened, the value, what was expected.",

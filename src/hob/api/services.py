@@ -21,6 +21,7 @@ from hob.service.audit import AuditLog
 from hob.service.backend import Backend
 from hob.service.conditions import Conditions
 from hob.service.policy import Policy
+from hob.service.public_prompts import PublicPrompts
 
 if TYPE_CHECKING:
     from hob.api.observe import Observer
@@ -114,6 +115,8 @@ class Services:
     apps: Apps | None = None
     """Apps with a key or a socket. None: there are none."""
     app_sockets: AppSockets | None = None
+    public_prompts: PublicPrompts | None = None
+    """Prompts that all apps share. None: there are none."""
     policy: Policy = field(default_factory=lambda: Policy(Path(os.devnull)))
     conditions: Conditions | None = None
     """When background work waits. None: never."""

@@ -56,16 +56,22 @@ def tools_of(body: ChatRequest) -> Tools:
     if choice == "none":
         return NO_TOOLS
     wanted = _wanted(choice, known)
-    described = [msgspec.to_builtins(tool) for tool in body.tools]
-    for tool in described:
-        tool["function"] = {k: v for k, v in tool["function"].items() if v is not None and k != "strict"}
-    names = frozenset(known)
+    offered, names = described(body.tools), frozenset(known)
     most = 1 if body.parallel_tool_calls is False else MAX_CALLS
     if wanted is not None:
-        return Tools(described, names, _calls_grammar([known[name] for name in wanted], most, is_required=True))
+        return Tools(offered, names, _calls_grammar([known[name] for name in wanted], most, is_required=True))
     if any(tool.function.strict for tool in body.tools):
-        return Tools(described, names, _calls_grammar(list(known.values()), most, is_required=False))
-    return Tools(described, names)
+        return Tools(offered, names, _calls_grammar(list(known.values()), most, is_required=False))
+    return Tools(offered, names)
+
+
+def described(tools: list[Tool]) -> list[dict[str, Any]]:
+    """Tools as a chat template wants them. Raises InvalidRequest."""
+    _checked(tools)
+    found: list[dict[str, Any]] = [msgspec.to_builtins(tool) for tool in tools]
+    for tool in found:
+        tool["function"] = {k: v for k, v in tool["function"].items() if v is not None and k != "strict"}
+    return found
 
 
 def _checked(tools: list[Tool]) -> dict[str, Tool]:

@@ -14,7 +14,7 @@ import sys
 
 import typer
 
-from hob.cli import apps, bench, look, machine, memory, models, policy, service, settings, show, talk, tasks
+from hob.cli import apps, bench, look, machine, memory, models, policy, public, service, settings, show, talk, tasks
 from hob.errors import HobError, UserError
 
 INTERRUPTED = 130
@@ -79,7 +79,7 @@ for _command in (
     app.command(name=_command.__name__.removesuffix("_models"))(_command)
 
 
-for _group in (apps.group, policy.group, tasks.task, tasks.evaluate):
+for _group in (apps.group, public.group, policy.group, tasks.task, tasks.evaluate):
     app.add_typer(_group)
 
 

@@ -11,7 +11,8 @@ The salt is random, one per app, and never leaves the service, so one app can ne
 
 Prompts that the owner of the device publishes (system prompts, tool lists) are the exception: their blocks have keys
 without a salt, `H(nothing, tokens)`, and serve every app. At the first block that is not public the chain goes on with
-the app's salt, so what follows is its own again.
+the app's salt, so what follows is its own again. A prompt that is public no more is not looked for any more; who is on
+its way with such keys goes on with them, and what it adds is salted all the same.
 
 Each block carries a label, owner and key, set when its content became known and taken off when it is lent anew. A match
 counts only if the label agrees with what the index says; if it ever does not, the block is computed again and
@@ -23,7 +24,7 @@ from __future__ import annotations
 import logging
 import secrets
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -59,14 +60,19 @@ class PrefixCache:
         self._salts: dict[str, bytes] = {}
         self._salt_of = salt_of or (lambda app: secrets.token_bytes(16))
         self._public: set[Key] = set()
+        self._once_public: set[Key] = set()
+        """Since the start: their blocks, and sequences that hold their keys, may still be there."""
         self._of_contexts: set[int] = set()
 
-    def publish(self, token_ids: Sequence[int]) -> None:
-        """Share the full blocks of a prompt among all apps."""
-        key = b""
-        for i in range(len(token_ids) // BLOCK_SIZE):
-            key = _chain(key, token_ids, i)
-            self._public.add(key)
+    def publish(self, prompts: Iterable[Sequence[int]]) -> None:
+        """From now on share the full blocks of these prompts among all apps, and of no others."""
+        self._public = set()
+        for token_ids in prompts:
+            key = b""
+            for i in range(len(token_ids) // BLOCK_SIZE):
+                key = _chain(key, token_ids, i)
+                self._public.add(key)
+        self._once_public |= self._public
 
     def extend_keys(self, app: str, token_ids: list[int], keys: list[Key], num_tokens: int, adapter: str = "") -> None:
         """Append to `keys` those of all full blocks among the first `num_tokens` tokens."""
@@ -76,7 +82,7 @@ class PrefixCache:
             before = keys[-1] if keys else adapter.encode()
             key = _chain(before, token_ids, i)
             if key not in self._public:
-                is_first_own = not keys or before in self._public
+                is_first_own = not keys or before in self._once_public
                 key = _chain(before + self._salts[app] if is_first_own else before, token_ids, i)
             keys.append(key)
 
@@ -85,7 +91,7 @@ class PrefixCache:
     ) -> Key:
         """Key of an unfinished block: the `count` tokens from `start` on, a multiple of 16, behind the full blocks."""
         before = keys[start // BLOCK_SIZE - 1] if start else adapter.encode()
-        if not start or before in self._public:
+        if not start or before in self._once_public:
             before += self._salts[app]
         return _digest(before, token_ids[start : start + count])
 
@@ -107,7 +113,7 @@ class PrefixCache:
 
     def owner(self, app: str, key: Key) -> str:
         """Whose a block with this key is when `app` computes or uses it."""
-        return PUBLIC if key in self._public else app
+        return PUBLIC if key in self._once_public else app
 
     def match(self, app: str, token_ids: list[int], keys: list[Key], max_tokens: int, adapter: str = "") -> list[int]:
         """Blocks that hold the longest known prefix of at most `max_tokens` tokens, not yet shared.

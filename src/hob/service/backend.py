@@ -46,6 +46,10 @@ class Backend(Protocol):
         """
         ...
 
+    def publish(self, model: str, prompts: list[list[int]]) -> None:
+        """Share these prompts of a model, and no others of it, among all apps. Holds for requests that come later."""
+        ...
+
     def fork_context(self, app: str, parent_id: str, child_id: str) -> None:
         """A context was copied: let the copy share what is on disk of it. Never waits, never fails."""
         ...

@@ -31,6 +31,7 @@ from hob.messages import (
     LoadModel,
     ModelInfo,
     ModelSpec,
+    Publish,
     Ready,
     Report,
     SetBudget,
@@ -66,6 +67,8 @@ class EngineHandle:
         """What grammars of a model (empty: the default) are about, made when the first one comes."""
         self._known_vocabularies: set[str] = set()
         """Of which models the present process was told."""
+        self.published: dict[str, list[list[int]]] = {}
+        """By model, the prompts that all apps share: each process is told before its first request."""
         self.num_restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: EngineConnection | None = None
@@ -170,6 +173,12 @@ class EngineHandle:
         """See `backend.Backend`. An engine that is starting learns it from the histories."""
         if self._ready is not None:
             self._send(DropContext(app, context_id))
+
+    def publish(self, model: str, prompts: list[list[int]]) -> None:
+        """See `backend.Backend`. An engine that is starting is told when it is ready."""
+        self.published[model] = prompts
+        if self._ready is not None:
+            self._send(Publish(model, prompts))
 
     # ---- requests ----
 
@@ -284,6 +293,8 @@ class EngineHandle:
                 self._stats = message.stats
         elif isinstance(message, Ready):
             self._ready = self._last_ready = message
+            for model, prompts in self.published.items():
+                self._send(Publish(model, prompts))
             self._is_ready.set()
             log.info("engine pid %s ready in %.2f s", self.pid, message.load_s)
         elif isinstance(message, Answer):

@@ -29,6 +29,7 @@ from hob.messages import (
     Failed,
     ForkContext,
     LoadModel,
+    Publish,
     Ready,
     Report,
     SetBudget,
@@ -131,6 +132,8 @@ class Loop:
             for compiling in self._compilings.values():
                 compiling.cancel(message.request_id)
             residents.cancel(message.request_id, now)
+        elif isinstance(message, Publish):
+            residents.publish(message.model, message.prompts)
         elif isinstance(message, ForkContext | DropContext):
             self._change_disk(message)
         elif isinstance(message, LoadModel):

@@ -129,6 +129,7 @@ class Residents:
         self._closing: dict[str, Resident] = {}
         self._wanted: dict[str, _Wanted] = {}
         self._leases: dict[str, dict[str, Lease]] = {}
+        self._published: dict[str, list[list[int]]] = {}
         self._now = 0.0
         self._tied_since: float | None = None
 
@@ -155,6 +156,12 @@ class Residents:
     def know(self, spec: ModelSpec) -> None:
         """A model that requests may name: it is loaded when one does."""
         self._specs[spec.name] = spec
+
+    def publish(self, name: str, prompts: list[list[int]]) -> None:
+        """The prompts of a model that all apps share, now or when it is loaded."""
+        self._published[name] = prompts
+        if (resident := self._residents.get(name)) is not None:
+            resident.scheduler.placement.prefixes.publish(prompts)
 
     def submit(self, request: Request, now: float, matchers: Sequence[object] = ()) -> Place | None:
         """Give a request to its model's scheduler, or have it wait for its model. Raises what admission raises."""
@@ -514,6 +521,7 @@ class Residents:
             self._refuse(wanted, known)
             return
         opened.scheduler.order.fairness = self.fairness
+        opened.scheduler.placement.prefixes.publish(self._published.get(name, ()))
         resident = Resident(wanted.spec, opened, footprint, self.ledger, self._now)
         surplus = opened.engine.scratch_bytes - footprint.scratch_bytes
         self.ledger.release(f"{name}/kv")  # what was reserved for it is what it takes now
