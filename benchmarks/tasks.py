@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import machine
@@ -41,7 +40,6 @@ WORDS = [
 ]
 LABELS = {"food": "soup", "travel": "train", "money": "invoice", "weather": "storm"}
 NUM_TOKENS = 40
-AT_ONCE = 48
 
 
 def main() -> None:
@@ -71,16 +69,11 @@ def messages(client: Client, count: int) -> list[dict[str, str]]:
 
 def train(client: Client, rows: list[dict[str, str]]) -> Any:
     client.train_task("speed", rows)
-    while (training := client.task("speed")["training"])["status"] == "running":
-        time.sleep(0.1)
-    if training["error"]:
-        raise SystemExit(training["error"]["message"])
-    return training
+    return client.trained_task("speed")
 
 
 def zero_shot(client: Client, texts: list[str]) -> None:
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(lambda text: client.classify(text, list(LABELS)), texts))
+    client.classify(texts, list(LABELS))
 
 
 def say(what: str, goal_s: float, rows: int, work: Any) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -28,11 +27,7 @@ def main(answered: Path, new: Path, routed: Path) -> None:
     rows = read_rows(new)
     with hob.Client(app="support", service_class="background") as client:
         client.train_task(TASK, examples)
-        while (training := client.task(TASK)["training"])["status"] == "running":
-            time.sleep(0.2)
-        if training["error"]:
-            raise SystemExit(f"nothing learnt: {training['error']['message']}")
-        print(training["result"]["reason"])
+        print(client.trained_task(TASK)["reason"])
         print("\n".join(trust_lines(client.task(TASK))))
         answers = client.run_task(TASK, [row["message"] for row in rows])
     with routed.open("w", encoding="utf-8", newline="") as file:

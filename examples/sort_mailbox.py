@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import mailbox
-import time
 from email.header import decode_header, make_header
 from email.message import Message
 from pathlib import Path
@@ -37,11 +36,7 @@ def main() -> None:
             for message in inbox.get_folder(folder)
         ]
         client.train_task(TASK, examples)
-        while (training := client.task(TASK)["training"])["status"] == "running":
-            time.sleep(0.2)
-        if training["error"]:
-            raise SystemExit(f"nothing learnt: {training['error']['message']}")
-        print(training["result"]["reason"])
+        print(client.trained_task(TASK)["reason"])
         print("\n".join(trust_lines(client.task(TASK))))
         keys = list(inbox.keys())
         answers = client.run_task(TASK, [text_of(inbox[key]) for key in keys]) if keys else []

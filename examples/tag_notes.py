@@ -30,13 +30,13 @@ def main() -> None:
     tags = [tag.strip() for tag in args.tags.split(",") if tag.strip()]
     truth, answers = [], []
     with hob.Client(app="notes") as client:
-        for path in sorted(args.notes.glob("**/*.md")):
-            text = path.read_text(encoding="utf-8")
-            tagged, _, rest = text.partition("\n")
-            has_tag = tagged.startswith(MARK)
-            reply = client.classify((rest if has_tag else text)[:MAX_CHARS], tags)
+        notes = {path: path.read_text(encoding="utf-8") for path in sorted(args.notes.glob("**/*.md"))}
+        asked = [body_of(text)[:MAX_CHARS] for text in notes.values()]
+        replies = client.classify(asked, tags)["data"] if asked else []
+        for (path, text), reply in zip(notes.items(), replies, strict=True):
+            tagged = text.partition("\n")[0]
             probability = max(entry["probability"] for entry in reply["labels"])
-            if has_tag:
+            if tagged.startswith(MARK):
                 truth.append(tagged.removeprefix(MARK).strip())
                 answers.append(reply["label"])
                 continue
@@ -45,6 +45,11 @@ def main() -> None:
             if is_sure and args.write:
                 path.write_text(f"{MARK}{reply['label']}\n{text}", encoding="utf-8")
     print(trust(truth, answers))
+
+
+def body_of(text: str) -> str:
+    """A note without its tag."""
+    return text.partition("\n")[2] if text.startswith(MARK) else text
 
 
 def trust(truth: list[str], answers: list[str]) -> str:

@@ -10,7 +10,8 @@ byte is sent, the server must be of our uid or root: whoever squats on the socke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -19,11 +20,13 @@ import httpx
 import msgspec
 
 from hob.config import load_config
-from hob.errors import DaemonUnreachable, HobError, InternalError, UserError
+from hob.errors import DaemonUnreachable, HobError, InternalError, NotFound, UserError, error_from_name
 from hob.unix_transport import LoopbackTransport, UnixTransport
 
 Reply = dict[str, Any]
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+POLL_S = 0.2
+"""Between two looks at a training."""
 Messages = str | list[dict[str, Any]]
 
 
@@ -151,8 +154,11 @@ class Client:
         """Continue a raw prompt: text, texts, token ids or lists of them."""
         return self._ask("/v1/completions", {"prompt": prompt, **options}, stream=stream)
 
-    def classify(self, text: str | None, labels: list[str] | None = None, **options: Any) -> Reply:
-        """Probabilities of labels, exact. Without a text: `messages=` or `prompt=` in the options."""
+    def classify(self, text: str | list[str] | None, labels: list[str] | None = None, **options: Any) -> Reply:
+        """Probabilities of labels, exact. Without a text: `messages=` or `prompt=` in the options.
+
+        A list of texts or prompts is answered in the reply's `data`, one after the other.
+        """
         given = {"text": text, "labels": labels, **options}
         return self._post("/hob/v1/classify", {name: value for name, value in given.items() if value is not None})
 
@@ -177,8 +183,26 @@ class Client:
         return self._get(f"/hob/v1/tasks/{name}")
 
     def train_task(self, name: str, examples: list[Reply], **options: Any) -> Reply:
-        """Begin to train a head from [{"text", "label"}, ...]; `task` says how far it is."""
+        """Begin to train a head from [{"text", "label"}, ...]; `trained_task` waits for its end."""
         return self._post(f"/hob/v1/tasks/{name}/train", {"examples": examples, **options})
+
+    def trained_task(self, name: str, tell: Callable[[Reply], None] | None = None) -> Reply:
+        """Wait until a task's training has ended. Returns its result; raises the error it ended with.
+
+        tell: hears how far the training is, some times a second.
+        """
+        while True:
+            training: Reply | None = self.task(name)["training"]
+            if training is None:
+                raise NotFound(f"task '{name}' is not being trained, and was not since the daemon started")
+            if tell is not None:
+                tell(training)
+            if training["error"]:
+                raise error_from_name(training["error"]["name"], training["error"]["message"])
+            if training["result"]:
+                result: Reply = training["result"]
+                return result
+            time.sleep(POLL_S)
 
     def run_task(self, name: str, texts: list[str], **options: Any) -> list[Reply]:
         """Labels of texts by a trained head, with calibrated probabilities."""

@@ -81,6 +81,17 @@ def test_classify_a_raw_prompt(http: httpx.Client, backend: ScriptedBackend) -> 
     assert backend.requests[1].continuations == [list(b" yes"), list(b" no")]
 
 
+@pytest.mark.parametrize("source", ["text", "prompt"])
+def test_classify_a_list_is_classify_each(http: httpx.Client, backend: ScriptedBackend, source: str) -> None:
+    texts, fields = ["ab", "c", "ab"], {"labels": ["a", "bb"], "calibrate": True, "content_free": ["?"]}
+    reply = http.post("/hob/v1/classify", json={source: texts, **fields}).json()
+    assert len(backend.requests) == 4, "what the labels are worth without a text is asked once"
+    assert "label" not in reply
+    for text, answer in zip(texts, reply["data"], strict=True):
+        alone = http.post("/hob/v1/classify", json={source: text, **fields}).json()
+        assert answer == {"label": alone["label"], "labels": alone["labels"]}
+
+
 def test_classify_messages(http: httpx.Client, backend: ScriptedBackend) -> None:
     body = {"messages": [{"role": "user", "content": "Is it?"}], "labels": ["yes", "no"]}
     http.post("/hob/v1/classify", json=body)
@@ -100,6 +111,10 @@ def test_classify_messages(http: httpx.Client, backend: ScriptedBackend) -> None
         ({"prompt": "x", "labels": ["a", "b"], "continuations": ["c"]}, "continuations"),
         ({"prompt": "x", "labels": ["a", "b"], "instruction": "c"}, "instruction"),
         ({"text": "x" * 600, "labels": ["a", "b"]}, "text"),
+        ({"text": ["x", "x" * 600], "labels": ["a", "b"]}, "text"),
+        ({"text": [], "labels": ["a", "b"]}, "text"),
+        ({"text": ["x"] * 2049, "labels": ["a", "b"]}, "text"),
+        ({"text": [1], "labels": ["a", "b"]}, "text[0]"),
         ({"text": "x", "labels": ["a", "b"], "normalise": "max"}, "normalise"),
     ],
 )

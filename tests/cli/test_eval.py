@@ -26,18 +26,18 @@ def daemon() -> Iterator[Daemon]:
 
 
 class Counting:
-    """A server that counts what it is asked."""
+    """A server that counts the prompts it is asked for."""
 
     def __init__(self, server: zero_shot.Server, fail_after: int = 1000) -> None:
         self.name = server.name
         self.num_asked = 0
         self._server, self._fail_after = server, fail_after
 
-    def score(self, prompt: str, words: list[str]) -> zero_shot.Scores:
-        self.num_asked += 1
+    def scores(self, prompts: list[str], words: list[str]) -> list[zero_shot.Scores]:
+        self.num_asked += len(prompts)
         if self.num_asked > self._fail_after:
             raise UserError("interrupted on purpose")
-        return self._server.score(prompt, words)
+        return self._server.scores(prompts, words)
 
 
 def test_hob_and_an_echoing_server_say_the_same(daemon: Daemon, tmp_path: Path) -> None:
@@ -50,7 +50,8 @@ def test_hob_and_an_echoing_server_say_the_same(daemon: Daemon, tmp_path: Path) 
         assert getattr(by_echo.scores, name) == pytest.approx(getattr(by_hob.scores, name), abs=1e-4)
 
 
-def test_an_interrupted_run_goes_on(daemon: Daemon, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zero_shot, "CALL_PROMPTS", 4)
     with daemon.client() as client:
         server = zero_shot.HobServer(client)
         broken = Counting(server, fail_after=9)
@@ -61,6 +62,7 @@ def test_an_interrupted_run_goes_on(daemon: Daemon, tmp_path: Path) -> None:
             file.write('\n["cut off')
         whole, again = Counting(server), Counting(server)
         first = zero_shot.scored("sms", EXAMPLES, whole, tmp_path, 500)
+        assert whole.num_asked == 12 + 5 - 8, "what two calls brought is not asked again"
         assert zero_shot.scored("sms", EXAMPLES[::-1], again, tmp_path, 500).answers() == {
             name: answers[::-1] for name, answers in first.answers().items()
         }

@@ -6,6 +6,7 @@ Each label is scored as what the model would say next, exactly, over one shared 
     messages    the given conversation, then the assistant says the label
     prompt      the given raw text, then " " + label, or the given `continuations`, one for each label
 
+`text` and `prompt` may be lists: then the reply has `data`, an answer for each, and they share the engine's steps.
 The default instruction names the labels and does not depend on the text, so it is computed once and cached.
 A label's probability is the softmax over labels of the sum of its tokens' log-probabilities; `normalise: "mean"`
 divides each sum by its number of tokens first, which does not punish long labels.
@@ -27,6 +28,7 @@ from hob.api import score
 from hob.api.body import parse_body
 from hob.api.call import Call
 from hob.api.chat import plain_messages
+from hob.api.inputs import MAX_INPUTS
 from hob.api.params import fit_context
 from hob.api.receipt import receipt
 from hob.api.replies import json_reply
@@ -47,35 +49,43 @@ async def classify(call: Call, raw: bytes) -> Response:
     body = parse_body(raw, ClassifyRequest)
     model = await call.use_model(body.model)
     labels, texts = _labels(body)
-    prefix = await aside(len(raw), lambda: _prefix(call, body, labels))
+    _check_threshold(body)
+    asked, is_list = _asked(body)
+    prefixes, free = await aside(len(raw), lambda: (_prefixes(call, asked, labels), _content_free(call, body, labels)))
     tokenizer = call.services.tokenizer
     continuations = [tokenizer.encode(text, add_bos=False) for text in texts]
     longest = max(map(len, continuations))
-    prefixes = [prefix, *await aside(len(raw), lambda: _content_free(call, body, labels))]
     requests = []
-    for token_ids in prefixes:
+    for token_ids in (*prefixes, *free):
         fit_context(len(token_ids) + longest, 0, model.context_length, prompt_param=_source(body), least=0)
         requests.append(call.request(token_ids, Kind.SCORE, body.service_class, continuations=continuations))
     found = await call.while_connected(all_of([score.run(call, request) for request in requests]))
-    sums = [sum(result.logprobs) for result in found[0]]
-    counts = [len(result.logprobs) for result in found[0]]
-    probabilities, *baselines = [_probabilities(results, body.normalise) for results in found]
-    if baselines:
-        probabilities = calibrated(probabilities, baselines)
-    scored = [
-        {"label": label, "probability": p, "logprob": s, "num_tokens": n}
-        for label, p, s, n in zip(labels, probabilities, sums, counts, strict=True)
-    ]
-    best = max(scored, key=lambda entry: entry["probability"])
+    baselines = [_probabilities(results, body.normalise) for results in found[len(prefixes) :]]
+    answers = [_answer(body, labels, results, baselines) for results in found[: len(prefixes)]]
     reply: dict[str, Any] = {
         "object": "classification",
         "model": model.name,
-        "label": None if _abstains(body, max(probabilities)) else best["label"],
-        "labels": scored,
+        **({"data": answers} if is_list else answers[0]),
         "usage": usage_object(call.record.totals),
         "hob": receipt(call),
     }
     return json_reply(reply)
+
+
+def _answer(
+    body: ClassifyRequest, labels: list[str], results: list[score.Scored], baselines: list[list[float]]
+) -> dict[str, Any]:
+    """The label of one text, and of each label what it is worth."""
+    probabilities = _probabilities(results, body.normalise)
+    if baselines:
+        probabilities = calibrated(probabilities, baselines)
+    scored = [
+        {"label": label, "probability": p, "logprob": sum(result.logprobs), "num_tokens": len(result.logprobs)}
+        for label, p, result in zip(labels, probabilities, results, strict=True)
+    ]
+    best = max(scored, key=lambda entry: entry["probability"])
+    abstains = body.abstain_below is not None and max(probabilities) < body.abstain_below
+    return {"label": None if abstains else best["label"], "labels": scored}
 
 
 def _probabilities(results: list[score.Scored], normalise: str) -> list[float]:
@@ -94,13 +104,10 @@ def _log(probability: float) -> float:
     return math.log(max(probability, 1e-300))
 
 
-def _abstains(body: ClassifyRequest, probability: float) -> bool:
+def _check_threshold(body: ClassifyRequest) -> None:
     threshold = body.abstain_below
-    if threshold is None:
-        return False
-    if not 0 <= threshold <= 1:
+    if threshold is not None and not 0 <= threshold <= 1:
         raise InvalidRequest(f"field 'abstain_below' is {threshold:g}. Expected 0 to 1.", param="abstain_below")
-    return probability < threshold
 
 
 def _content_free(call: Call, body: ClassifyRequest, labels: list[str]) -> list[list[int]]:
@@ -120,7 +127,7 @@ def _content_free(call: Call, body: ClassifyRequest, labels: list[str]) -> list[
         raise InvalidRequest(
             f"field 'content_free' has {len(texts)} texts. Expected at most {MAX_CONTENT_FREE}.", param="content_free"
         )
-    return [_prefix(call, msgspec.structs.replace(body, **{source: text}), labels) for text in texts]
+    return _prefixes(call, [msgspec.structs.replace(body, **{source: text}) for text in texts], labels)
 
 
 def softmax(values: list[float]) -> list[float]:
@@ -138,6 +145,17 @@ def _source(body: ClassifyRequest) -> str:
         found = ", ".join(given) or "none"
         raise InvalidRequest(f"expected exactly one of text, messages and prompt, found {found}", param="text")
     return given[0]
+
+
+def _asked(body: ClassifyRequest) -> tuple[list[ClassifyRequest], bool]:
+    """A body for each text or prompt, and whether they came as a list."""
+    source = _source(body)
+    given = getattr(body, source)
+    if source == "messages" or isinstance(given, str):
+        return [body], False
+    if not 1 <= len(given) <= MAX_INPUTS:
+        raise InvalidRequest(f"field '{source}' has {len(given):,} texts. Expected 1 to {MAX_INPUTS}.", param=source)
+    return [msgspec.structs.replace(body, **{source: text}) for text in given], True
 
 
 def _labels(body: ClassifyRequest) -> tuple[list[str], list[str]]:
@@ -165,8 +183,14 @@ def _labels(body: ClassifyRequest) -> tuple[list[str], list[str]]:
     return labels, texts
 
 
+def _prefixes(call: Call, bodies: list[ClassifyRequest], labels: list[str]) -> list[list[int]]:
+    """Token ids of what comes before the labels."""
+    return [_prefix(call, body, labels) for body in bodies]
+
+
 def _prefix(call: Call, body: ClassifyRequest, labels: list[str]) -> list[int]:
     if body.prompt is not None:
+        assert isinstance(body.prompt, str)  # see _asked
         token_ids = call.services.tokenizer.encode(body.prompt, parse_special=True)
         if not token_ids:
             raise InvalidRequest("field 'prompt' is an empty text. Expected at least one token.", param="prompt")

@@ -171,9 +171,9 @@ class ClassifyRequest(Body, kw_only=True):
     """Body of /hob/v1/classify: exactly one of text, messages and prompt."""
 
     model: str = ""
-    text: str | None = None
+    text: str | list[str] | None = None
     messages: list[Message] | None = None
-    prompt: str | None = None
+    prompt: str | list[str] | None = None
     labels: list[str] | None = None
     continuations: list[str] | None = None
     instruction: str | None = None

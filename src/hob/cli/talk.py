@@ -120,18 +120,14 @@ def _classify_file(
     names: list[str],
     options: dict[str, Any],
 ) -> None:
-    """Many at a time: their rows share the engine's steps."""
-    from concurrent.futures import ThreadPoolExecutor
-
+    """Many in a call: their rows share the engine's steps."""
     from hob.tasks.files import classify_file
 
-    def one(text: str) -> dict[str, Any]:
-        reply = client.classify(text, names, **options)
-        probability = max(entry["probability"] for entry in reply["labels"])
-        return {"label": reply["label"], "probability": probability}
+    def some(texts: list[str]) -> list[dict[str, Any]]:
+        answers = client.classify(texts, names, **options)["data"]
+        return [{"label": a["label"], "probability": max(e["probability"] for e in a["labels"])} for a in answers]
 
-    with ThreadPoolExecutor(48) as pool:
-        classify_file(data, output, text_column, lambda texts: list(pool.map(one, texts)))
+    classify_file(data, output, text_column, some)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,36 +48,31 @@ def train(
 ) -> None:
     """Train a head in the background and wait for it. It replaces the one in use only if it is better."""
     from hob.cli.output import print_json
-    from hob.errors import error_from_name
     from hob.tasks.datasets import read_examples
 
     examples = [{"text": e.text, "label": e.label} for e in read_examples(data, text_column, label_column)]
     with connected() as client:
         client.train_task(name, examples, **({} if words is None else {"words": words}))
-        training = _followed(client, name)
-    if training["error"]:
-        raise error_from_name(training["error"]["name"], training["error"]["message"])
+        result = _followed(client, name)
     if json:
-        print_json(training["result"])
+        print_json(result)
         return
-    result = training["result"]
     print(f"{'version ' + str(result['version']) if result['is_kept'] else 'not kept'}: {result['reason']}")
 
 
 def _followed(client: Client, name: str) -> dict[str, Any]:
-    """Wait for a training's end, showing how far it is."""
+    """The result of a training, whose progress is shown."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("starting", total=None)
-        while True:
-            training: dict[str, Any] = client.task(name)["training"]
+
+        def show(training: dict[str, Any]) -> None:
             progress.update(bar, description=training["step"], completed=training["done"], total=training["of"] or None)
-            if training["status"] != "running":
-                return training
-            time.sleep(0.2)
+
+        return client.trained_task(name, show)
 
 
 @task.command()

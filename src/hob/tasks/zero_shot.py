@@ -2,8 +2,8 @@
 
     prompts.toml + texts --Server--> log p of each label (kept as it comes) --scorers.py--> answers --metrics.py-->
 
-A server gives log-probabilities of continuations of a prompt: Hob's /hob/v1/classify does so over one shared prefix;
-any other needs /v1/completions with `echo` and `logprobs`. A run that was interrupted goes on where it ended.
+A server gives log-probabilities of continuations of prompts: Hob's /hob/v1/classify does so over shared prefixes; any
+other needs /v1/completions with `echo` and `logprobs`. A run that was interrupted goes on where it ended.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import re
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +29,8 @@ from hob.tasks import metrics
 from hob.tasks.datasets import Example, dataset_files, read_examples, share_of
 from hob.tasks.scorers import CONTENT_FREE, SCORERS, LabelScores
 
-AT_ONCE = 48
-"""Requests in flight: their rows share the server's steps."""
+CALL_PROMPTS = 64
+"""Prompts asked for together: their rows share the server's steps. What they brought is kept before the next are."""
 NOTHING = "\n"
 """What stands for no text at all where a label's prior is asked for: a model needs one token to start from."""
 Left = Callable[[int, int, float], None]
@@ -76,8 +76,8 @@ class Server(Protocol):
         """Server and model: what is kept belongs to it."""
         ...
 
-    def score(self, prompt: str, words: list[str]) -> Scores:
-        """log p of each word after the prompt. Thread-safe."""
+    def scores(self, prompts: list[str], words: list[str]) -> list[Scores]:
+        """log p of each word after each prompt."""
         ...
 
 
@@ -89,10 +89,12 @@ class HobServer:
         model = client.stats()["model"]
         self.name = f"{model['name']} {model['quantisation']}"
 
-    def score(self, prompt: str, words: list[str]) -> Scores:
-        """By /hob/v1/classify."""
-        found = self._client.classify(None, words, prompt=prompt, continuations=words)["labels"]
-        return [entry["logprob"] for entry in found], [entry["num_tokens"] for entry in found]
+    def scores(self, prompts: list[str], words: list[str]) -> list[Scores]:
+        """By one call of /hob/v1/classify."""
+        found = [
+            one["labels"] for one in self._client.classify(None, words, prompt=prompts, continuations=words)["data"]
+        ]
+        return [([entry["logprob"] for entry in one], [entry["num_tokens"] for entry in one]) for one in found]
 
 
 class EchoServer:
@@ -109,7 +111,12 @@ class EchoServer:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def score(self, prompt: str, words: list[str]) -> Scores:
+    def scores(self, prompts: list[str], words: list[str]) -> list[Scores]:
+        """All prompts at once."""
+        with ThreadPoolExecutor(CALL_PROMPTS) as pool:
+            return list(pool.map(lambda prompt: self._score(prompt, words), prompts))
+
+    def _score(self, prompt: str, words: list[str]) -> Scores:
         """One completion for each word. One token is generated and left aside: some servers take 0 for "no limit"."""
         sums, counts = [], []
         for word in words:
@@ -210,23 +217,16 @@ class _Kept:
 
 def _fill(store: _Kept, asked: list[str], words: list[str], server: Server, left: Left | None) -> None:
     missing = [prompt for prompt in dict.fromkeys(asked) if prompt not in store.known]
-    start = time.perf_counter()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for done, (prompt, scores) in enumerate(_asked(pool, missing, words, server), 1):
-            store.add(prompt, scores)
-            if left is not None:
-                left(done, len(missing), (time.perf_counter() - start) / done * (len(missing) - done))
-
-
-def _asked(
-    pool: ThreadPoolExecutor, missing: list[str], words: list[str], server: Server
-) -> Iterator[tuple[str, Scores]]:
-    for start in range(0, len(missing), 4 * AT_ONCE):  # few enough that an interruption or error is soon noticed
-        some = missing[start : start + 4 * AT_ONCE]
-        for prompt, (sums, counts) in zip(some, pool.map(lambda p: server.score(p, words), some), strict=True):
+    begun = time.perf_counter()
+    for start in range(0, len(missing), CALL_PROMPTS):
+        some = missing[start : start + CALL_PROMPTS]
+        for prompt, (sums, counts) in zip(some, server.scores(some, words), strict=True):
             if len(sums) != len(words):
                 raise InternalError(f"{server.name} gave {len(sums)} scores for {len(words)} labels")
-            yield prompt, (sums, counts)
+            store.add(prompt, (sums, counts))
+        done = start + len(some)
+        if left is not None:
+            left(done, len(missing), (time.perf_counter() - begun) / done * (len(missing) - done))
 
 
 # ---- many data sets ----
