@@ -3,6 +3,7 @@
     python benchmarks/quality.py --peer-python /path/to/venv/bin/python     table, llama.cpp beside ours
     python benchmarks/quality.py --json                                     ours alone, one JSON object
     python benchmarks/quality.py --peer-python ... --types Q2_K,Q4_K,BF16   a row for each type, files by llama.cpp
+    python benchmarks/quality.py --kv-types f16,q8 --window 1500            a row of ours for each number format of KV
 
 The first --tokens tokens of --text are cut into windows; each window is computed on its own from an empty context, and
 every token but its first (the BOS token, for models that want one) is scored. All engines are given the same ids.
@@ -78,9 +79,9 @@ class Score:
         }
 
 
-def open_ours(packed: Path, window: int) -> tuple[LogProbs, str]:
+def open_ours(packed: Path, window: int, kv_type: str) -> tuple[LogProbs, str]:
     """Our engine, a window per step, and the instruction set it uses."""
-    config, _ = load_config()
+    config, _ = load_config({"kv_type": kv_type})
     engine = LocalEngine("quality", packed, config.engine, max_rows=window)
     num_blocks = -(-window // BLOCK_SIZE)
     engine.open_pool(num_blocks)
@@ -179,6 +180,11 @@ def run_types(args: argparse.Namespace, model: Path) -> dict[str, Any]:
     return results
 
 
+def name_of(kv_type: str) -> str:
+    """Our engine's row of the report."""
+    return "ours" if kv_type == "f16" else f"ours, KV {kv_type}"
+
+
 def run(args: argparse.Namespace, model: Path) -> dict[str, Any]:
     """Every window through every engine."""
     with open_gguf(model) as file:
@@ -187,12 +193,14 @@ def run(args: argparse.Namespace, model: Path) -> dict[str, Any]:
     ids = tokenizer.encode(args.text.read_text(encoding="utf-8"), add_bos=False)[: args.tokens]
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:
         folder = Path(name)
-        ours, isa = open_ours(ensure_packed(model), args.window)
+        packed = ensure_packed(model)
+        engines: dict[str, LogProbs] = {}
+        for kv_type in args.kv_types.split(","):
+            engines[name_of(kv_type)], isa = open_ours(packed, args.window, kv_type)
         write_float32(model, folder / "float32.gguf")
         packed_float32 = ensure_packed(folder / "float32.gguf")
         (folder / "float32.gguf").unlink()
-        base, _ = open_ours(packed_float32, args.window)
-        engines: dict[str, LogProbs] = {"ours": ours}
+        base, _ = open_ours(packed_float32, args.window, "f16")
         peer = Peer(args.peer_python, model, args.window, folder) if args.peer_python else None
         if peer is not None:
             engines["llama.cpp"] = peer.logprobs
@@ -207,11 +215,11 @@ def run(args: argparse.Namespace, model: Path) -> dict[str, Any]:
             peer.close()
     result: dict[str, Any] = {engine: score.summary() for engine, score in scores.items()}
     if peer is not None:
-        result["ratio"] = result["ours"]["perplexity"] / result["llama.cpp"]["perplexity"]
+        result["ratio"] = result[next(iter(engines))]["perplexity"] / result["llama.cpp"]["perplexity"]
     return result | {
         "model": model.name,
         "text": args.text.name,
-        "num_scored": len(scores["ours"].logprob),
+        "num_scored": len(scores["float32"].logprob),
         "window": args.window,
         "isa": isa,
     }
@@ -225,9 +233,8 @@ def print_table(result: dict[str, Any]) -> None:
     )
     for column in ("engine", "perplexity", "KL from float32, mean", "99th percentile", "same likeliest token"):
         table.add_column(column, justify="left" if column == "engine" else "right")
-    for engine in ("float32", "ours", "llama.cpp"):
-        if engine in result:
-            s = result[engine]
+    for engine, s in result.items():
+        if isinstance(s, dict):
             cells = (
                 f"{s['perplexity']:.3f}",
                 f"{s['kl_mean']:.5f}",
@@ -260,6 +267,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--peer-python", help="Python of an environment with llama-cpp-python; left out: ours alone")
     parser.add_argument("--types", help="GGML types to code the model in first, with commas: Q2_K,Q4_K,BF16")
+    parser.add_argument("--kv-types", default="f16", help="number formats of KV, with commas: f16,q8")
     parser.add_argument("--scratch", type=Path, help="folder for 1.1 GB of float32 weights (default: the system's)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = parser.parse_args()
@@ -267,6 +275,8 @@ def main() -> None:
         parser.error(
             f"--tokens is {args.tokens} and --window {args.window}. Expected at least one window of 2 or more."
         )
+    if args.types and args.kv_types != "f16":
+        parser.error("--types and --kv-types are two tables: one at a time.")
     if args.types and not args.peer_python:
         parser.error("--types needs --peer-python: llama.cpp's quantiser makes the files.")
     config, _ = load_config()

@@ -49,6 +49,11 @@ template <int C, int A, int B>
 inline void tile_dot_unsigned() {
   asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
+// .. and with unsigned bytes in A and signed ones in B.
+template <int C, int A, int B>
+inline void tile_dot_unsigned_signed() {
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
 // C += A B with bfloat16 in A (rows, k) and B (k / 2, columns, 2), sums in float32.
 template <int C, int A, int B>
 inline void tile_dot_bf16() {

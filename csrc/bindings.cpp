@@ -273,7 +273,9 @@ NB_MODULE(_core, m) {
       .def_prop_ro("isa", [](const Model& model) { return model.kernels->name; });
 
   nb::class_<KvPool>(m, "KvPool")
-      .def(nb::init<const Model&, int>(), "model"_a, "num_blocks"_a, nb::keep_alive<1, 2>())
+      .def("__init__", [](KvPool* pool, const Model& model, int num_blocks, const std::string& kv_type) {
+        new (pool) KvPool(model, num_blocks, kv_type_of(kv_type));
+      }, "model"_a, "num_blocks"_a, "kv_type"_a, nb::keep_alive<1, 2>())
       .def_prop_ro("block_bytes", &KvPool::block_bytes)
       .def_prop_ro("num_blocks", &KvPool::num_blocks)
       .def("read", &read_block, "block"_a)

@@ -9,6 +9,7 @@
 
 #include "arrays.h"
 #include "cpu.h"
+#include "kv.h"
 #include "memory.h"
 #include "model.h"
 #include "pack.h"
@@ -88,10 +89,12 @@ Result2<float> rope(const std::string& isa, const Matrix2<float>& x, const Matri
 }
 
 // query (R, A, D) over keys and values (T, B, D), row r seeing lengths[r] of them, through blocks laid in reverse.
-// is_split: chunk by chunk, then merged. Scores are query . key: the scale is the caller's. window: 0 for none.
+// kv_type: how they are stored. is_split: chunk by chunk, then merged. Scores are query . key: the scale is the caller's. window: 0 for none.
 Result3 attention(const std::string& isa, const Floats3& query, const Floats3& keys, const Floats3& values,
-                  const Array<int32_t>& lengths, bool is_split, int window) {
+                  const Array<int32_t>& lengths, bool is_split, int window, const std::string& kv_type_) {
+  const KvType kv_type = kv_type_of(kv_type_);
   const Kernels& kernels = *kernels_for(isa);
+  const KvKernels& kv = kernels.kv[static_cast<int>(kv_type)];
   const auto rows = static_cast<int>(query.shape(0)), heads = static_cast<int>(query.shape(1)), dim = static_cast<int>(query.shape(2));
   const auto tokens = static_cast<int>(keys.shape(0)), kv_heads = static_cast<int>(keys.shape(1));
   for (size_t i = 0; i < 3; ++i)
@@ -101,12 +104,12 @@ Result3 attention(const std::string& isa, const Floats3& query, const Floats3& k
   const int32_t* length = of_length("lengths", lengths, query.shape(0));
   for (int r = 0; r < rows; ++r)
     if (length[r] < 1 || length[r] > tokens) refuse("lengths[", r, "] is ", length[r], ", expected 1..", tokens);
-  const size_t head_halves = static_cast<size_t>(dim) * kBlockTokens, block_halves = 2 * head_halves * static_cast<size_t>(kv_heads);
+  const size_t head_bytes = kv_head_bytes(kv_type, dim), block_bytes = 2 * head_bytes * static_cast<size_t>(kv_heads);
   const int partial_size = kPartialHead + dim;
   Arena arena;
-  uint16_t* pool;
+  uint8_t* pool;
   float *scratch, *partials;
-  arena.add(&pool, block_halves * static_cast<size_t>(blocks));
+  arena.add(&pool, block_bytes * static_cast<size_t>(blocks));
   arena.add(&scratch, attention_scratch_floats(dim));
   arena.add(&partials, static_cast<size_t>((tokens / kChunkKeys + 1) * partial_size));
   arena.commit(false);
@@ -114,10 +117,10 @@ Result3 attention(const std::string& isa, const Floats3& query, const Floats3& k
   for (int b = 0; b < blocks; ++b) table[static_cast<size_t>(b)] = blocks - 1 - b;
   for (int t = 0; t < tokens; ++t)
     for (int h = 0; h < kv_heads; ++h) {
-      uint16_t* block = pool + static_cast<size_t>(table[static_cast<size_t>(t / kBlockTokens)]) * block_halves;
+      uint8_t* block = pool + static_cast<size_t>(table[static_cast<size_t>(t / kBlockTokens)]) * block_bytes;
       const ptrdiff_t at = (static_cast<ptrdiff_t>(t) * kv_heads + h) * dim;
-      kernels.store_key(keys.data() + at, dim, block + static_cast<size_t>(h) * head_halves, t % kBlockTokens);
-      kernels.store_value(values.data() + at, dim, block + static_cast<size_t>(kv_heads + h) * head_halves, t % kBlockTokens);
+      kv.store_key(keys.data() + at, dim, block + static_cast<size_t>(h) * head_bytes, t % kBlockTokens);
+      kv.store_value(values.data() + at, dim, block + static_cast<size_t>(kv_heads + h) * head_bytes, t % kBlockTokens);
     }
   auto* out = new float[static_cast<size_t>(rows) * static_cast<size_t>(heads) * static_cast<size_t>(dim)];
   Result3 result(out, {query.shape(0), query.shape(1), query.shape(2)},
@@ -138,18 +141,18 @@ Result3 attention(const std::string& isa, const Floats3& query, const Floats3& k
         longest = std::max(longest, n[i]);
       }
       const int chunks = (longest - 1) / kChunkKeys + 1;
-      AttentionCall call = {q, n, o, count, dim, table.data(), reinterpret_cast<uint8_t*>(pool + static_cast<size_t>(h) * head_halves),
-                            reinterpret_cast<uint8_t*>(pool + static_cast<size_t>(kv_heads + h) * head_halves),
-                            block_halves * 2, 0, chunks, is_split, scratch, window};
+      AttentionCall call = {q, n, o, count, dim, table.data(), pool + static_cast<size_t>(h) * head_bytes,
+                            pool + static_cast<size_t>(kv_heads + h) * head_bytes,
+                            block_bytes, 0, chunks, is_split, scratch, window};
       if (!is_split) {
-        kernels.attention(&call);
+        kv.attention(&call);
         continue;
       }
       for (int c = 0; c < chunks; ++c) {
         o[0] = partials + c * partial_size;
         call.first_chunk = c;
         call.end_chunk = c + 1;
-        kernels.attention(&call);
+        kv.attention(&call);
       }
       kernels.merge_partials(partials, chunks, dim, out + (q[0] - query.data()));
     }
@@ -164,7 +167,8 @@ void bind_kernels(nb::module_& m) {
   m.def("kernel_rms_norm", &rms_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a);
   m.def("kernel_gate_mul", &gate_mul, "isa"_a, "activation"_a, "gate"_a, "up"_a);
   m.def("kernel_rope", &rope, "isa"_a, "x"_a, "cos"_a, "sin"_a);
-  m.def("kernel_attention", &attention, "isa"_a, "query"_a, "keys"_a, "values"_a, "lengths"_a, "is_split"_a, "window"_a = 0);
+  m.def("kernel_attention", &attention, "isa"_a, "query"_a, "keys"_a, "values"_a, "lengths"_a, "is_split"_a, "window"_a = 0,
+        "kv_type"_a = "f16");
 }
 
 }  // namespace hob

@@ -37,7 +37,7 @@ int64_t now_ns() {
 class Step {
  public:
   Step(KvPool& pool, Workspace& workspace, const Batch& batch)
-      : pool_(pool), w_(workspace), m_(workspace.model), net_(m_.network), k_(*m_.kernels), b_(batch) {}
+      : pool_(pool), w_(workspace), m_(workspace.model), net_(m_.network), k_(*m_.kernels), kv_(k_.kv[static_cast<int>(pool.type)]), b_(batch) {}
 
   bool run() {
     prepare();
@@ -335,9 +335,9 @@ class Step {
     uint8_t* block = pool_.block(b_.blocks[table + b_.index[r] / kBlockTokens]);
     if (is_key) {
       rotate(m_.layers[static_cast<size_t>(layer)], r, values, 1.0f);
-      k_.store_key(values, net_.head_dim, reinterpret_cast<uint16_t*>(block + pool_.key_offset(layer, head)), slot);
+      kv_.store_key(values, net_.head_dim, block + pool_.key_offset(layer, head), slot);
     } else {
-      k_.store_value(values, net_.head_dim, reinterpret_cast<uint16_t*>(block + pool_.value_offset(layer, head)), slot);
+      kv_.store_value(values, net_.head_dim, block + pool_.value_offset(layer, head), slot);
     }
   }
 
@@ -502,7 +502,7 @@ class Step {
                                 piece.is_partial,
                                 s.attention,
                                 m_.layers[static_cast<size_t>(layer)].is_sliding ? net_.sliding_window : 0};
-    k_.attention(&call);
+    kv_.attention(&call);
   }
 
   void attention(int layer) {
@@ -700,6 +700,7 @@ class Step {
   const Model& m_;
   const Network& net_;
   const Kernels& k_;
+  const KvKernels& kv_;
   const Batch& b_;
   bool has_adapters_ = false;
 };

@@ -31,6 +31,16 @@ enum class Kind : uint8_t {
 };
 constexpr int kNumKinds = 5;
 
+// How keys and values are stored: what a KV head has in a block of 16 tokens (t), D being head_dim padded to 16.
+enum class KvType : uint8_t {
+  kF16 = 0,  // key: (head_dim, t) float16           value: (t, head_dim) float16
+  kQ8 = 1,   // key: (D / 4, t, 4) int8, (t) float16   value: (t / 4, D, 4) int8, (t) float16: x = code * scale of its token
+};
+constexpr int kNumKvTypes = 2;
+
+constexpr int padded_head(int head_dim) { return (head_dim + 15) / 16 * 16; }
+constexpr size_t code_bytes(int head_dim) { return static_cast<size_t>(padded_head(head_dim)) * kBlockTokens; }
+
 // Attention of up to kMaxQueries queries of one sequence to one KV head, over chunks [first_chunk, end_chunk).
 struct AttentionCall {
   const float* const* query;  // (num_queries) -> (head_dim), rotated and scaled
@@ -39,8 +49,8 @@ struct AttentionCall {
   int num_queries;
   int head_dim;
   const int32_t* blocks;      // block table of the sequence
-  const uint8_t* keys;        // key half of this layer and head in block 0 of the pool: (head_dim, 16) float16
-  const uint8_t* values;      // value half: (16, head_dim) float16
+  const uint8_t* keys;        // what this layer and head has of keys in block 0 of the pool, as its KvType says
+  const uint8_t* values;      // .. and of values
   size_t block_stride;        // bytes from a block to the next
   int first_chunk;
   int end_chunk;
@@ -52,6 +62,14 @@ struct AttentionCall {
 constexpr size_t attention_scratch_floats(int head_dim) {
   return static_cast<size_t>(kMaxQueries) * (kChunkKeys + 3 * (head_dim + 16)) + 2 * kChunkKeys * static_cast<size_t>(head_dim + 16);
 }
+
+// What there is for each KvType.
+struct KvKernels {
+  // A head's values (head_dim) into their slot of a block, clamped to the range of float16.
+  void (*store_key)(const float* x, int head_dim, uint8_t* block, int slot);
+  void (*store_value)(const float* x, int head_dim, uint8_t* block, int slot);
+  void (*attention)(const AttentionCall* call);
+};
 
 struct Kernels {
   const char* name;
@@ -79,11 +97,7 @@ struct Kernels {
   void (*silu_mul)(const float* gate, const float* up, int n, float* y);
   // x (2 * half): pairs (i, i + half) turned by cos, sin (half), then all n values multiplied by scale.
   void (*rope)(float* x, const float* cos, const float* sin, int half, int n, float scale);
-  // Values into their slot of a block as float16, clamped to the finite range: key (head_dim) -> stride 16, value -> contiguous.
-  void (*store_key)(const float* x, int head_dim, uint16_t* block, int slot);
-  void (*store_value)(const float* x, int head_dim, uint16_t* block, int slot);
-
-  void (*attention)(const AttentionCall* call);
+  KvKernels kv[kNumKvTypes];
   // partials: num_partials of (kPartialHead + head_dim), in ascending order of chunks -> out (head_dim)
   // A partial with sum 0 (a chunk wholly behind the window) is passed over.
   void (*merge_partials)(const float* partials, int num_partials, int head_dim, float* out);

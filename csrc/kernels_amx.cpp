@@ -20,6 +20,7 @@ constexpr int kCodeRows = 16;  // of a tile register
 #include "kernels_body.inc"
 #include "codes.inc"
 #include "linear_avx512.inc"
+#include "attention_bytes_avx512.inc"
 
 #include "amx.h"
 
@@ -333,7 +334,7 @@ inline void split_weights(const float* scores, int count, uint16_t* weights) {
 void attention_tiles(const AttentionCall* call_) {
   const AttentionCall& call = *call_;
   const int dim = call.head_dim;
-  if (dim % 32 != 0) return attention(call_);
+  if (dim % 32 != 0) return attention<HalfCache>(call_);
   const Parts p = parts_of(call.scratch, dim);
   float max[kMaxQueries], sum[kMaxQueries];
   int32_t start[kMaxQueries];  // first key each sees
@@ -390,9 +391,104 @@ void attention_tiles(const AttentionCall* call_) {
   }
 }
 
+// ---- attention over bytes ----
+
+constexpr int kFewQueries = 4;  // up to here vectors are as fast
+constexpr int kPair = 32;       // columns of two tiles
+
+// The products of attention_bytes_avx512.inc by tiles of 16 queries. A block of keys is a tile as it lies in the pool.
+struct TileProducts {
+  static constexpr int kLowest = 0;
+
+  static void begin(const AttentionCall& call) {
+    TileConfig config;
+    const int rows = call.num_queries < kGroupQueries ? call.num_queries : kGroupQueries;
+    for (int t = 0; t < 8; ++t) config.set(t, t < 6 ? rows : 16, 64);
+    tile_configure(config);
+  }
+  static void end() { tile_release(); }
+
+  static void load_chunk(const AttentionCall& call, const ByteParts& p, int first, int count) {
+    for (int j = 0; j < count; j += kBlockTokens)
+      std::memcpy(p.values + j * p.dim, bytes_of(call.values, call, first + j), static_cast<size_t>(kBlockTokens * p.dim));
+  }
+
+  static void score(const AttentionCall& call, const ByteParts& p, int m0, int rows, int first, int count) {
+    for (int j = 0; j < count; j += kPair) {
+      const uint8_t *low = bytes_of(call.keys, call, first + j), *high = low;  // of two tiles; the last may be alone
+      if (j + 16 < count) high = bytes_of(call.keys, call, first + j + 16);
+      clear();
+      for (int d = 0; d < p.dim; d += 64) {
+        tile_load<4>(p.query[0] + m0 * p.dim + d, p.dim);
+        tile_load<5>(p.query[1] + m0 * p.dim + d, p.dim);
+        tile_load<6>(low + d * kBlockTokens, 64);
+        tile_load<7>(high + d * kBlockTokens, 64);
+        tile_dot_signed<0, 4, 6>();
+        tile_dot_signed<1, 4, 7>();
+        tile_dot_unsigned_signed<2, 5, 6>();
+        tile_dot_unsigned_signed<3, 5, 7>();
+      }
+      const int32_t* sums = store(p);
+      const __m512 scale0 = v_load(p.key_scale + j), scale1 = v_load(p.key_scale + j + 16);
+      for (int m = 0; m < rows; ++m) {
+        v_store(p.scores + m * kChunkKeys + j, v_mul(joined(sums + m * kPair), scale0));
+        v_store(p.scores + m * kChunkKeys + j + 16, v_mul(joined(sums + m * kPair + 16), scale1));
+      }
+    }
+  }
+
+  static void weigh(const AttentionCall&, const ByteParts& p, int rows, int, int count, const float* unit) {
+    for (int d = 0; d < p.dim; d += kPair) {
+      clear();
+      for (int j = 0; j < count; j += 64) {
+        tile_load<4>(p.weights[0] + j, kChunkKeys);
+        tile_load<5>(p.weights[1] + j, kChunkKeys);
+        tile_load<6>(p.values + j * p.dim + d * 4, p.dim * 4);
+        tile_load<7>(p.values + j * p.dim + d * 4 + 64, p.dim * 4);
+        tile_dot_unsigned_signed<0, 4, 6>();
+        tile_dot_unsigned_signed<1, 4, 7>();
+        tile_dot_unsigned_signed<2, 5, 6>();
+        tile_dot_unsigned_signed<3, 5, 7>();
+      }
+      const int32_t* sums = store(p);
+      for (int m = 0; m < rows; ++m) {
+        v_store(p.chunk + m * p.dim + d, v_mul(joined(sums + m * kPair), v_set1(unit[m])));
+        v_store(p.chunk + m * p.dim + d + 16, v_mul(joined(sums + m * kPair + 16), v_set1(unit[m])));
+      }
+    }
+  }
+
+  static void clear() {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+  }
+
+  // Two tiles of high digits and two of low ones -> (2, 16, kPair).
+  static const int32_t* store(const ByteParts& p) {
+    tile_store<0>(p.sums, kPair * 4);
+    tile_store<1>(p.sums + 16, kPair * 4);
+    tile_store<2>(p.sums + kGroupQueries * kPair, kPair * 4);
+    tile_store<3>(p.sums + kGroupQueries * kPair + 16, kPair * 4);
+    return p.sums;
+  }
+
+  static V joined(const int32_t* high) {
+    const __m512i h = _mm512_loadu_si512(high), l = _mm512_loadu_si512(high + kGroupQueries * kPair);
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(h, 8), l));
+  }
+};
+
+// Whole numbers are exact, so either kind of product gives the same bits.
+void attention_codes(const AttentionCall* call) {
+  if (call->num_queries > kFewQueries && call->head_dim % 64 == 0) attention_bytes<TileProducts>(call);
+  else attention_bytes<VectorProducts>(call);
+}
+
 const Kernels kTable = {"amx", kCodeRows, sizeof(CodeGroup), linear, linear_f32, rms_norm, quantise, silu_mul, rope,
-                        store_key, store_value, attention_tiles, merge_partials, block_maxima, exp_sums, select_at_least,
-                        gelu_mul};
+                        {{store_key, store_value, attention_tiles}, {store_key_codes, store_value_codes, attention_codes}},
+                        merge_partials, block_maxima, exp_sums, select_at_least, gelu_mul};
 
 }  // namespace
 

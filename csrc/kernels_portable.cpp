@@ -80,8 +80,8 @@ void linear(Kind kind, const uint8_t* panel, int num_groups, const uint8_t* tile
 }
 
 const Kernels kTable = {"portable", kCodeRows, sizeof(CodeGroup), linear, linear_f32, rms_norm, quantise, silu_mul, rope,
-                        store_key, store_value, attention, merge_partials, block_maxima, exp_sums, select_at_least,
-                        gelu_mul};
+                        {{store_key, store_value, attention<HalfCache>}, {store_key_codes, store_value_codes, attention<ByteCache>}},
+                        merge_partials, block_maxima, exp_sums, select_at_least, gelu_mul};
 
 }  // namespace
 

@@ -40,6 +40,15 @@ inline void v_store_half(uint16_t* p, V v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v.a, mode));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(v.b, mode));
 }
+// Byte i of each of 16 quads of signed bytes.
+inline V v_load_code(const uint8_t* p, int i) {
+  const __m128i up = _mm_cvtsi32_si128(24 - 8 * i);
+  const auto part = [&](const uint8_t* at) {
+    const __m256i quads = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sll_epi32(quads, up), 24));
+  };
+  return {part(p), part(p + 32)};
+}
 inline float v_hmax(V v) {
   const __m256 m = _mm256_max_ps(v.a, v.b);
   const __m128 b = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));

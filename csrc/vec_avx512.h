@@ -29,6 +29,11 @@ inline V v_load_half(const uint16_t* p) {
 inline void v_store_half(uint16_t* p, V v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+// Byte i of each of 16 quads of signed bytes.
+inline V v_load_code(const uint8_t* p, int i) {
+  const __m512i quads = _mm512_loadu_si512(p);
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sll_epi32(quads, _mm_cvtsi32_si128(24 - 8 * i)), 24));
+}
 inline float v_hmax(V v) { return _mm512_reduce_max_ps(v); }
 inline float v_hsum(V v) {
   const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

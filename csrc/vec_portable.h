@@ -30,6 +30,12 @@ inline V v_load_half(const uint16_t* p) {
 inline void v_store_half(uint16_t* p, V v) {
   for (int i = 0; i < 16; ++i) p[i] = float_to_half(v[i]);
 }
+// Byte i of each of 16 quads of signed bytes.
+inline V v_load_code(const uint8_t* p, int i) {
+  V v;
+  for (int k = 0; k < 16; ++k) v[k] = static_cast<int8_t>(p[4 * k + i]);
+  return v;
+}
 inline float v_hmax(V v) {
   float m = v[0];
   for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;

@@ -137,6 +137,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     num_threads: int
     adapters: list[str] = []
     """LoRA adapters that are loaded with it, NAME@DIGEST: a file that changes is another adapter."""
+    kv_type: str = "f16"
+    """Number format of keys and values."""
 
 
 class Ready(msgspec.Struct, tag="ready"):

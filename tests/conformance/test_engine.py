@@ -28,15 +28,19 @@ MAX_ROWS = 256
 MakeEngine = Callable[[], Engine]
 
 LOCAL = [
-    f"{isa}-{threads}-{quant}" for isa in native.available_isas() for threads in (1, 2) for quant in ("F32", "Q4_1")
+    f"{isa}-{threads}-{quant}-f16" for isa in native.available_isas() for threads in (1, 2) for quant in ("F32", "Q4_1")
 ]
+LOCAL += [f"{isa}-2-wide-q8" for isa in native.available_isas()]
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tiny")
     shape = TinyShape(tied_head=True)
-    return {q: ensure_packed(write_tiny_gguf(folder / f"{q}.gguf", quant=q, shape=shape)) for q in ("F32", "Q4_1")}
+    files = {q: write_tiny_gguf(folder / f"{q}.gguf", quant=q, shape=shape) for q in ("F32", "Q4_1")}
+    wide_heads = TinyShape(hidden_size=128, num_heads=2, num_kv_heads=1)  # that fill tiles
+    files["wide"] = write_tiny_gguf(folder / "wide.gguf", shape=wide_heads)
+    return {name: ensure_packed(file) for name, file in files.items()}
 
 
 @pytest.fixture(params=["fake", *LOCAL])
@@ -45,8 +49,10 @@ def engine(request: pytest.FixtureRequest, packed: dict[str, Path]) -> Iterator[
     if request.param == "fake":
         made = FakeEngine(vocab_size=259, max_rows=MAX_ROWS)
     else:
-        isa, threads, quant = request.param.split("-")
-        made = LocalEngine("tiny", packed[quant], EngineConfig(isa=isa, threads=int(threads)), MAX_ROWS)
+        isa, threads, quant, kv_type = request.param.split("-")
+        made = LocalEngine(
+            "tiny", packed[quant], EngineConfig(isa=isa, threads=int(threads), kv_type=kv_type), MAX_ROWS
+        )
     made.open_pool(NUM_BLOCKS)
     yield made
     made.close()

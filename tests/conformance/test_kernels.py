@@ -166,37 +166,84 @@ SHAPES = [
 ]
 
 
+def as_stored(x: Floats, kv_type: str) -> Floats:
+    """(T, B, D) as the cache gives it back."""
+    if kv_type == "f16":
+        return x.astype(np.float16).astype(np.float32)
+    codes, scale = reference.quantise_heads(x)
+    return codes * scale.astype(np.float32)[:, :, None]
+
+
+TOLERANCE = {"f16": 1e-4, "q8": 1e-3}
+"""With 8-bit codes, queries and weights are rounded to 16 bits of their largest: scores of 60 are off by 0.0003."""
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 16, 33, 256, 257, 530])
-def test_attention(isa: str, shape: Heads, tokens: int) -> None:
+def test_attention(isa: str, shape: Heads, tokens: int, kv_type: str) -> None:
     rows = min(tokens, 11)
     query = normal(1, rows, shape.heads, shape.dim)
     keys, values = normal(2, tokens, shape.kv_heads, shape.dim), normal(3, tokens, shape.kv_heads, shape.dim)
     lengths = np.arange(tokens - rows + 1, tokens + 1, dtype=np.int32)
-    got = _core.kernel_attention(isa, query, keys, values, lengths, False)
-    stored = (part.astype(np.float16).astype(np.float32) for part in (keys, values))
-    expected = reference.attention(query, *stored, lengths, 1.0)
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
-    assert np.array_equal(got, _core.kernel_attention(isa, query, keys, values, lengths, True))
+    got = _core.kernel_attention(isa, query, keys, values, lengths, False, 0, kv_type)
+    expected = reference.attention(query, as_stored(keys, kv_type), as_stored(values, kv_type), lengths, 1.0)
+    np.testing.assert_allclose(got, expected, rtol=TOLERANCE[kv_type], atol=TOLERANCE[kv_type])
+    assert np.array_equal(got, _core.kernel_attention(isa, query, keys, values, lengths, True, 0, kv_type))
     for r in range(rows):
-        alone = _core.kernel_attention(isa, query[r : r + 1], keys, values, lengths[r : r + 1], False)
+        alone = _core.kernel_attention(isa, query[r : r + 1], keys, values, lengths[r : r + 1], False, 0, kv_type)
         assert np.array_equal(alone[0], got[r])
 
 
+@pytest.mark.parametrize(("kv_type", "dim"), [("f16", 32), ("q8", 64)])
 @pytest.mark.parametrize("tokens", [1, 33, 257, 530, 600])
 @pytest.mark.parametrize("window", [1, 20, 64, 256, 300, 1000])
-def test_sliding_attention(isa: str, tokens: int, window: int) -> None:
+def test_sliding_attention(isa: str, tokens: int, window: int, kv_type: str, dim: int) -> None:
     """A row's bits do not tell which keys before its window were looked at for the sake of another row."""
     rows = min(tokens, 11)
-    query, keys, values = normal(1, rows, 4, 32), normal(2, tokens, 2, 32), normal(3, tokens, 2, 32)
+    query, keys, values = normal(1, rows, 4, dim), normal(2, tokens, 2, dim), normal(3, tokens, 2, dim)
     lengths = np.linspace(max(1, tokens - 70), tokens, rows).astype(np.int32)
-    got = _core.kernel_attention(isa, query, keys, values, lengths, False, window)
-    stored = (part.astype(np.float16).astype(np.float32) for part in (keys, values))
-    np.testing.assert_allclose(got, reference.attention(query, *stored, lengths, 1.0, window), rtol=1e-4, atol=1e-4)
-    assert np.array_equal(got, _core.kernel_attention(isa, query, keys, values, lengths, True, window))
+    got = _core.kernel_attention(isa, query, keys, values, lengths, False, window, kv_type)
+    expected = reference.attention(query, as_stored(keys, kv_type), as_stored(values, kv_type), lengths, 1.0, window)
+    np.testing.assert_allclose(got, expected, rtol=TOLERANCE[kv_type], atol=TOLERANCE[kv_type])
+    assert np.array_equal(got, _core.kernel_attention(isa, query, keys, values, lengths, True, window, kv_type))
     for r in range(rows):
-        alone = _core.kernel_attention(isa, query[r : r + 1], keys, values, lengths[r : r + 1], False, window)
+        alone = _core.kernel_attention(isa, query[r : r + 1], keys, values, lengths[r : r + 1], False, window, kv_type)
         assert np.array_equal(alone[0], got[r])
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no AMX")
+@pytest.mark.parametrize("dim", [64, 128, 192])
+@pytest.mark.parametrize("tokens", [1, 20, 100, 256, 300, 700])
+def test_attention_over_codes_gives_the_bits_of_avx512(dim: int, tokens: int) -> None:
+    """Whole numbers: tiles and vectors may add them in any order."""
+    rows = min(tokens, 45)
+    query, keys, values = normal(1, rows, 3, dim, scale=3.0), normal(2, tokens, 1, dim), normal(3, tokens, 1, dim)
+    keys[tokens // 2] *= 1000.0
+    values[tokens // 3], query[0] = 0.0, 0.0
+    lengths = np.arange(tokens - rows + 1, tokens + 1, dtype=np.int32)
+    for window in (0, 50):
+        found = [
+            _core.kernel_attention(i, query, keys, values, lengths, False, window, "q8") for i in ("avx512", "amx")
+        ]
+        assert np.array_equal(*found)
+        assert np.isfinite(found[0]).all()
+
+
+@pytest.mark.parametrize("place", ["query", "keys", "values"])
+@pytest.mark.parametrize("kv_type", ["f16", "q8"])
+def test_attention_passes_on_what_is_not_a_number(isa: str, kv_type: str, place: str) -> None:
+    """Codes cannot hold it, so scales do: else the check of finiteness would miss it."""
+    parts = {"query": normal(1, 8, 1, 64), "keys": normal(2, 40, 1, 64), "values": normal(3, 40, 1, 64)}
+    parts[place][5, 0, 33] = np.nan
+    got = _core.kernel_attention(isa, *parts.values(), np.full(8, 40, np.int32), False, 0, kv_type)
+    assert np.isnan(got[5]).any()
+
+
+def test_a_head_of_zeros_is_stored_as_zeros(isa: str) -> None:
+    query, zeros = normal(1, 2, 1, 64), np.zeros((3, 1, 64), np.float32)
+    got = _core.kernel_attention(isa, query, normal(2, 3, 1, 64), zeros, np.full(2, 3, np.int32), False, 0, "q8")
+    assert np.array_equal(got, np.zeros_like(query))
 
 
 def test_attention_survives_large_scores_and_clamps_what_float16_cannot_hold(isa: str) -> None:
@@ -306,11 +353,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Packed]:
 class Native:
     """A model of the core with a pool, driven by batches."""
 
-    def __init__(self, packed: Packed, isa: str, num_threads: int = 1, memory: str = "copy", **changes: Any) -> None:
+    def __init__(
+        self,
+        packed: Packed,
+        isa: str,
+        num_threads: int = 1,
+        memory: str = "copy",
+        kv_type: str = "f16",
+        **changes: Any,
+    ) -> None:
         network = dataclasses.asdict(packed.network) | changes
         tensors = [(t.name, t.kind, t.rows, t.cols, t.offset, t.nbytes) for t in packed.tensors]
         self.model = native.Model(str(packed.path), packed.data_offset, network, tensors, isa, num_threads, memory)
-        self.pool = native.KvPool(self.model, 80)
+        self.pool = native.KvPool(self.model, 80, kv_type)
         self.workspace = native.Workspace(self.model, 300)
 
     def step(self, batch: Batch) -> bool:

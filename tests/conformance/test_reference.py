@@ -160,6 +160,18 @@ def test_attention_weighs_what_a_row_sees() -> None:
             np.testing.assert_allclose(found[r, head], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_pool_of_codes_rounds_each_head_by_itself() -> None:
+    pool, slots = reference.KvPool(network(num_layers=2), 3, np.int8), np.array([5, 2 * BLOCK_SIZE + 1])
+    keys, values = normal(2, 2, 8), normal(2, 2, 8, seed=1)
+    keys[0, 1] *= 1000
+    values[1, 0] = 0
+    pool.write(1, slots, keys, values)
+    for found, given in zip(pool.read(1, slots), (keys, values), strict=True):
+        steps = np.abs(given).max(axis=2, keepdims=True) / 127
+        assert (np.abs(found - given) <= 0.51 * steps).all()
+    assert np.abs(pool.keys[1, 0, 5]).max(axis=1).tolist() == [127, 127]
+
+
 def test_the_pool_keeps_slots_apart() -> None:
     pool = reference.KvPool(network(num_layers=2), num_blocks=3)
     slots = np.array([5, 2 * BLOCK_SIZE + 1])

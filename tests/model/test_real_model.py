@@ -67,6 +67,7 @@ def test_what_the_file_says(packed: Packed) -> None:
     assert (network.rope_theta, network.rope_dim) == (100000.0, 64)
     assert packed.quantisation == "Q4_1"
     assert network.kv_bytes_per_token() == 23_040
+    assert network.kv_bytes_per_token("q8") == 11_880
 
 
 @pytest.mark.slow

@@ -20,12 +20,13 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("threads", [1, 4])
-def test_the_estimate_holds(tmp_path: Path, name: str, threads: int) -> None:
+@pytest.mark.parametrize(("threads", "kv_type"), [(1, "f16"), (4, "q8")])
+def test_the_estimate_holds(tmp_path: Path, name: str, threads: int, kv_type: str) -> None:
     packed = ensure_packed(write_tiny_gguf(tmp_path / f"{name}.gguf", quant="Q8_0", shape=SHAPES[name]))
-    config = EngineConfig(threads=threads)
+    config = EngineConfig(threads=threads, kv_type=kv_type)
     sizes = sizes_of(name, str(packed), config, max_rows=512, max_logits=64)
     engine = LocalEngine(name, packed, config, max_rows=512, max_logits=64)
     assert engine.scratch_bytes <= sizes.scratch_bytes < 1.6 * engine.scratch_bytes + (4 << 20)
     assert engine.info.weight_bytes <= sizes.weight_bytes < engine.info.weight_bytes + 65536
+    engine.open_pool(4)  # which holds its own figure against the engine's
     assert (engine.block_bytes, engine.page_bytes) == (sizes.block_bytes, sizes.page_bytes)

@@ -45,7 +45,7 @@ def sizes_of(name: str, packed_path: str, config: EngineConfig, max_rows: int, m
     return EngineSizes(
         weight_bytes=packed.total_bytes - packed.data_offset + _adapter_bytes(name, packed.network, config),
         scratch_bytes=scratch_bytes(packed.network, max_rows, max_logits, num_threads),
-        block_bytes=packed.network.kv_bytes_per_token() * BLOCK_SIZE,
+        block_bytes=packed.network.kv_bytes_per_token(config.kv_type) * BLOCK_SIZE,
         page_bytes=native.KvPool.page_bytes,
     )
 

@@ -65,11 +65,12 @@ class LocalEngine:
         except ValueError as error:
             raise ModelFileError(f"{packed_path}: {error}") from error
         self._network = packed.network
+        self._kv_type = config.kv_type
         self._workspace = native.Workspace(self._model, max_rows)
         self._pool: native.KvPool | None = None
         self.max_rows = max_rows
         self.adapters: dict[str, int] = {}
-        self.info = _describe(name, packed, self._model.weight_bytes, isa, reason, num_threads)
+        self.info = _describe(name, packed, self._model.weight_bytes, isa, reason, num_threads, config.kv_type)
         if config.adapters:
             self._load_adapters(Path(config.adapters) / name)
         self.block_bytes = self.info.kv_bytes_per_token * BLOCK_SIZE
@@ -80,7 +81,7 @@ class LocalEngine:
     def open_pool(self, num_blocks: int) -> None:
         """Reserve the pool; its pages become resident as they are first written."""
         try:
-            self._pool = native.KvPool(self._model, num_blocks)
+            self._pool = native.KvPool(self._model, num_blocks, self._kv_type)
         except (MemoryError, RuntimeError) as error:
             wanted = num_blocks * self.block_bytes
             raise Overloaded(f"no memory for {num_blocks} KV blocks ({wanted:,} bytes): {error}") from error
@@ -214,7 +215,9 @@ class LocalEngine:
         return self._pool
 
 
-def _describe(name: str, packed: Packed, weight_bytes: int, isa: str, reason: str, num_threads: int) -> ModelInfo:
+def _describe(
+    name: str, packed: Packed, weight_bytes: int, isa: str, reason: str, num_threads: int, kv_type: str
+) -> ModelInfo:
     network = packed.network
     return ModelInfo(
         name=name,
@@ -224,12 +227,13 @@ def _describe(name: str, packed: Packed, weight_bytes: int, isa: str, reason: st
         vocab_size=network.vocab_size,
         hidden_size=network.hidden_size,
         num_layers=network.num_layers,
-        kv_bytes_per_token=network.kv_bytes_per_token(),
+        kv_bytes_per_token=network.kv_bytes_per_token(kv_type),
         weight_bytes=weight_bytes,
         quantisation=packed.quantisation,
         isa=isa,
         isa_reason=reason,
         num_threads=num_threads,
+        kv_type=kv_type,
     )
 
 

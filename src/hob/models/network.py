@@ -63,9 +63,11 @@ class Network:
     normalise_experts: bool = False
     """Weights of the chosen experts are rescaled to sum to 1 (qwen3moe: yes, olmoe: no)."""
 
-    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Bytes of KV one token takes: a key and a value per layer and KV head.
+    def kv_bytes_per_token(self, kv_type: str = "f16") -> int:
+        """Bytes of KV one token takes: a key and a value per layer and KV head. kv_type: 'f16' or 'q8'.
 
-        SmolLM2-135M in float16: 2 * 30 layers * 3 heads * 64 * 2 B = 23,040 B.
+        SmolLM2-135M in float16: 2 * 30 layers * 3 heads * 64 * 2 B = 23,040 B. In 8 bits, each head padded to 16 and
+        with a float16 scale: 2 * 30 * 3 * (64 + 2) B = 11,880 B.
         """
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value
+        head_bytes = 2 * self.head_dim if kv_type == "f16" else -(-self.head_dim // 16) * 16 + 2
+        return 2 * self.num_layers * self.num_kv_heads * head_bytes

@@ -48,9 +48,9 @@ class Model:
     def isa(self) -> str: ...
 
 class KvPool:
-    """`num_blocks` blocks of 16 tokens; pages are resident once written. Raises MemoryError."""
+    """`num_blocks` blocks of 16 tokens; pages are resident once written. kv_type: 'f16', 'q8'. Raises MemoryError."""
 
-    def __init__(self, model: Model, num_blocks: int) -> None: ...
+    def __init__(self, model: Model, num_blocks: int, kv_type: str) -> None: ...
     @property
     def block_bytes(self) -> int: ...
     @property
@@ -145,7 +145,14 @@ def kernel_rope(isa: str, x: Floats, cos: Floats, sin: Floats) -> Floats:
     """(R, D): pairs (i, i + half) turned by cos and sin (R, half)"""
 
 def kernel_attention(
-    isa: str, query: Floats, keys: Floats, values: Floats, lengths: Ints, is_split: bool, window: int = 0
+    isa: str,
+    query: Floats,
+    keys: Floats,
+    values: Floats,
+    lengths: Ints,
+    is_split: bool,
+    window: int = 0,
+    kv_type: str = "f16",
 ) -> Floats:
     """query (R, A, D), keys and values (T, B, D): row r sees lengths[r] keys, or the `window` latest of them.
     is_split: chunk by chunk, then merged."""

@@ -143,23 +143,36 @@ def log_softmax(logits: Floats) -> Floats:
     return y
 
 
-class KvPool:
-    """Keys (rotated) and values of `num_blocks` blocks. float16 is the real thing; float32 shows what that costs."""
+def quantise_heads(x: Floats) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """Codes and scales (R, B) of heads (R, B, D): x is about scale * code, the largest of a head about 127 of it."""
+    scale = (np.abs(x).max(axis=2) / np.float32(127)).astype(np.float16)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros(scale.shape, np.float32), where=scale > 0)
+    return np.rint(np.clip(x * inverse[:, :, None], -127, 127)).astype(np.int8), scale
 
-    def __init__(self, network: Network, num_blocks: int, dtype: type[np.floating[Any]] = np.float16) -> None:
+
+class KvPool:
+    """Keys (rotated) and values of `num_blocks` blocks, in float16 or 8 bits (int8). float32 shows what those cost."""
+
+    def __init__(self, network: Network, num_blocks: int, dtype: type[np.floating[Any] | np.int8] = np.float16) -> None:
         shape = (network.num_layers, num_blocks, BLOCK_SIZE, network.num_kv_heads, network.head_dim)
         self.keys, self.values = np.zeros(shape, dtype), np.zeros(shape, dtype)
+        self.scales = np.zeros((2, *shape[:-1]), np.float16)
+        """Of each token and head's keys and values, where those are codes of 8 bits."""
 
     def write(self, layer: int, slots: NDArray[np.int64], keys: Floats, values: Floats) -> None:
         """Store (R, B, D) at slots (R,), block * 16 + place."""
-        self.keys[layer].reshape(-1, *keys.shape[1:])[slots] = keys
-        self.values[layer].reshape(-1, *values.shape[1:])[slots] = values
+        for part, stored, scales in zip((keys, values), (self.keys, self.values), self.scales, strict=True):
+            if stored.dtype == np.int8:
+                part, scales[layer].reshape(-1, part.shape[1])[slots] = quantise_heads(part)
+            stored[layer].reshape(-1, *part.shape[1:])[slots] = part
 
     def read(self, layer: int, slots: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """Keys and values (T, B, D) at slots (T,)."""
-        kept = (part[layer].reshape(-1, *part.shape[3:])[slots] for part in (self.keys, self.values))
-        keys, values = (part.astype(np.float32) for part in kept)
-        return keys, values
+        kept = [part[layer].reshape(-1, *part.shape[3:])[slots].astype(np.float32) for part in (self.keys, self.values)]
+        for part, scales in zip(kept, self.scales, strict=True):
+            if self.keys.dtype == np.int8:
+                part *= scales[layer].reshape(-1, part.shape[1])[slots][:, :, None].astype(np.float32)
+        return kept[0], kept[1]
 
 
 @dataclass

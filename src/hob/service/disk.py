@@ -71,7 +71,15 @@ def fingerprint_of(engine: Engine, packed_path: str) -> str:
     Arithmetic: rows are bit-equal within one instruction set and one version of the kernels only.
     """
     info = engine.info
-    facts = [info.architecture, info.num_layers, info.kv_bytes_per_token, info.vocab_size, info.isa, __version__]
+    facts = [
+        info.architecture,
+        info.num_layers,
+        info.kv_type,
+        info.kv_bytes_per_token,
+        info.vocab_size,
+        info.isa,
+        __version__,
+    ]
     digest = blake2b(repr(facts).encode(), digest_size=12, person=b"hob-model")
     if packed_path:
         from hob.models.packed_file import open_packed
