@@ -223,20 +223,21 @@ def test_attention_over_codes_gives_the_bits_of_avx512(dim: int, tokens: int) ->
     values[tokens // 3], query[0] = 0.0, 0.0
     lengths = np.arange(tokens - rows + 1, tokens + 1, dtype=np.int32)
     for window in (0, 50):
-        found = [
-            _core.kernel_attention(i, query, keys, values, lengths, False, window, "q8") for i in ("avx512", "amx")
-        ]
-        assert np.array_equal(*found)
-        assert np.isfinite(found[0]).all()
+        vectors, tiles = (
+            _core.kernel_attention(name, query, keys, values, lengths, False, window, "q8")
+            for name in ("avx512", "amx")
+        )
+        assert np.array_equal(vectors, tiles)
+        assert np.isfinite(vectors).all()
 
 
 @pytest.mark.parametrize("place", ["query", "keys", "values"])
 @pytest.mark.parametrize("kv_type", ["f16", "q8"])
 def test_attention_passes_on_what_is_not_a_number(isa: str, kv_type: str, place: str) -> None:
     """Codes cannot hold it, so scales do: else the check of finiteness would miss it."""
-    parts = {"query": normal(1, 8, 1, 64), "keys": normal(2, 40, 1, 64), "values": normal(3, 40, 1, 64)}
-    parts[place][5, 0, 33] = np.nan
-    got = _core.kernel_attention(isa, *parts.values(), np.full(8, 40, np.int32), False, 0, kv_type)
+    query, keys, values = normal(1, 8, 1, 64), normal(2, 40, 1, 64), normal(3, 40, 1, 64)
+    {"query": query, "keys": keys, "values": values}[place][5, 0, 33] = np.nan
+    got = _core.kernel_attention(isa, query, keys, values, np.full(8, 40, np.int32), False, 0, kv_type)
     assert np.isnan(got[5]).any()
 
 
