@@ -162,9 +162,11 @@ class KvPool:
     def write(self, layer: int, slots: NDArray[np.int64], keys: Floats, values: Floats) -> None:
         """Store (R, B, D) at slots (R,), block * 16 + place."""
         for part, stored, scales in zip((keys, values), (self.keys, self.values), self.scales, strict=True):
+            into = stored[layer].reshape(-1, *part.shape[1:])
             if stored.dtype == np.int8:
-                part, scales[layer].reshape(-1, part.shape[1])[slots] = quantise_heads(part)
-            stored[layer].reshape(-1, *part.shape[1:])[slots] = part
+                into[slots], scales[layer].reshape(-1, part.shape[1])[slots] = quantise_heads(part)
+            else:
+                into[slots] = part
 
     def read(self, layer: int, slots: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """Keys and values (T, B, D) at slots (T,)."""
