@@ -29,6 +29,13 @@ float lower_bound_of_top(const Kernels& kernels, const float* x, int n, int k, S
   return s.maxima[k - 1];
 }
 
+// A maximum does not show them, where the sum of the exponentials does.
+bool has_nan(const float* x, int n) {
+  int found = 0;
+  for (int i = 0; i < n; ++i) found |= x[i] != x[i];
+  return found != 0;
+}
+
 // Larger first; among equals the lower id.
 struct ByValue {
   const float* x;
@@ -52,33 +59,50 @@ class Row {
 
   // False: no token can be chosen (all masked, or the logits are not finite).
   bool draw() {
-    const double lse = log_sum_exp(k_, raw_, n_, s_);
-    if (!std::isfinite(lse)) return false;
+    const bool has_logprob = d_.num_logprobs[i_] != kNoLogprob;
+    const double lse = has_logprob ? log_sum_exp(k_, raw_, n_, s_) : 0.0;
+    if (!std::isfinite(lse) || (!has_logprob && has_nan(raw_, vocab_))) return false;
     if (d_.num_logprobs[i_] > 0) {
       const int at = d_.tops_start[i_];
       most_likely(k_, raw_, n_, d_.num_logprobs[i_], lse, s_, d_.top_ids + at, d_.top_logprobs + at);
     }
     x_ = changed();
     max_ = k_.block_maxima(x_, n_, s_.maxima);
-    if (!std::isfinite(max_)) return false;
-    const int32_t id = d_.temperature[i_] == 0.0f ? first_largest() : drawn();
+    const bool can_choose = std::isfinite(max_);
+    const int32_t id = !can_choose ? 0 : d_.temperature[i_] == 0.0f ? first_largest() : drawn();
+    take_back_bias();
+    if (!can_choose) return false;
     d_.id[i_] = id;
-    d_.logprob[i_] = static_cast<float>(raw_[id] - lse);
+    d_.logprob[i_] = has_logprob ? static_cast<float>(raw_[id] - lse) : 0.0f;
     return true;
   }
 
  private:
-  // The logits after bias, penalties and mask: the raw row itself where nothing is to change.
+  // The logits after bias, penalties and mask. A bias alone, unless it is long, changes the raw row itself for the time
+  // of the draw: copying the row would take longer than the draw.
   const float* changed() {
     const int bias = d_.bias_start[i_ + 1] - d_.bias_start[i_];
     const bool is_penalised = d_.repetition[i_] != 1.0f || d_.presence[i_] != 0.0f || d_.frequency[i_] != 0.0f;
     const uint8_t* mask = narrowing_mask();
-    if (bias == 0 && !is_penalised && !mask) return raw_;
+    if (!is_penalised && !mask && bias <= n_) {
+      for (int j = 0; j < bias; ++j) {
+        float& x = raw_[d_.bias_ids[d_.bias_start[i_] + j]];
+        s_.logits[j] = x;
+        x += d_.bias_values[d_.bias_start[i_] + j];
+      }
+      num_changed_ = bias;
+      return raw_;
+    }
     std::memcpy(s_.logits, raw_, static_cast<size_t>(n_) * sizeof(float));
     for (int j = d_.bias_start[i_]; j < d_.bias_start[i_ + 1]; ++j) s_.logits[d_.bias_ids[j]] += d_.bias_values[j];
     if (is_penalised) penalise();
     if (mask) forbid(mask);
     return s_.logits;
+  }
+
+  // Backwards: an id may be there twice.
+  void take_back_bias() {
+    for (int j = num_changed_ - 1; j >= 0; --j) raw_[d_.bias_ids[d_.bias_start[i_] + j]] = s_.logits[j];
   }
 
   // The row's mask; null if there is none or it allows every token, as those of sequences without a grammar do.
@@ -219,7 +243,8 @@ class Row {
   const int i_;
   Scratch& s_;
   const int vocab_, n_;
-  const float* raw_;
+  float* raw_;
+  int num_changed_ = 0;  // values of it, kept in s_.logits
   const float* x_ = nullptr;
   float max_ = 0.0f, inverse_temperature_ = 1.0f;
   bool is_weighed_ = false;
@@ -245,8 +270,8 @@ void check_draws(const Workspace& w, const Draws& d) {
       refuse("draw ", i, ": repetition_penalty is ", d.repetition[i], ", expected more than 0");
     if (!std::isfinite(d.presence[i]) || !std::isfinite(d.frequency[i]))
       refuse("draw ", i, ": presence ", d.presence[i], " and frequency ", d.frequency[i], " must be finite");
-    if (d.num_logprobs[i] < 0 || d.num_logprobs[i] > std::min(kMaxTops, vocab))
-      refuse("draw ", i, ": num_logprobs is ", d.num_logprobs[i], ", expected 0..", std::min(kMaxTops, vocab));
+    if (d.num_logprobs[i] < kNoLogprob || d.num_logprobs[i] > std::min(kMaxTops, vocab))
+      refuse("draw ", i, ": num_logprobs is ", d.num_logprobs[i], ", expected -1..", std::min(kMaxTops, vocab));
     if (d.num_generated[i] < 0 || d.num_generated[i] > d.history_start[i + 1] - d.history_start[i])
       refuse("draw ", i, ": num_generated is ", d.num_generated[i], " of a history of ", d.history_start[i + 1] - d.history_start[i]);
   }

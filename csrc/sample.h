@@ -16,6 +16,8 @@
 
 namespace hob {
 
+constexpr int32_t kNoLogprob = -1;  // as num_logprobs: nobody wants the token's own log-probability; 0 is given instead
+
 // n rows, those of the last step that asked for logits. The arrays belong to the caller.
 struct Draws {
   int n;

@@ -196,6 +196,8 @@ class ModelStats(msgspec.Struct):
     num_waiting: int = 0
     idle_s: float = 0.0
     """Since its last request ended. 0: one is there."""
+    keep_alive_s: float | None = None
+    """How long it stays idle. None: it is the default and does not leave by itself."""
     rank: int = 0
     is_pinned: bool = False
     leases: list[str] = []

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 
+from hob.api.app import create_app
+from hob.api.services import ServedModel, Services
+from hob.api.shelf import Installed, Library, ModelShelf
+from hob.config import Config
 from hob.errors import Overloaded
+from hob.messages import MemoryStats, ModelInfo, ModelSpec, ModelStats, Stats
 from tests.api.conftest import Server
-from tests.api.scripted import MODEL, ScriptedBackend, tokens_of
+from tests.api.scripted import MODEL, ByteTokenizer, PlainChat, ScriptedBackend, tokens_of
 from tests.daemons import running
 from tests.needs import needs
 
@@ -98,6 +107,45 @@ def test_a_long_input_is_cut_only_where_that_is_allowed(client: ollama.Client) -
     assert client.embed(model="scripted", input="x" * 600, truncate=True).prompt_eval_count == 512
     with pytest.raises(ollama.ResponseError, match="600 tokens"):
         client.embed(model="scripted", input="x" * 600)
+
+
+class TwoModels(ScriptedBackend):
+    """The scripted model, and another that is loaded when it is asked for."""
+
+    async def load(self, spec: ModelSpec) -> ModelInfo:
+        """See Backend."""
+        return msgspec.structs.replace(MODEL, name=spec.name, architecture="other", num_parameters=2_500_000)
+
+    @property
+    def stats(self) -> Stats:
+        """The other one has been idle for 100 of its 300 seconds."""
+        models = [
+            ModelStats("scripted", "ready", 1000),
+            ModelStats("other", "ready", 5000, idle_s=100, keep_alive_s=300),
+        ]
+        return Stats(memory=MemoryStats(models=models))
+
+
+def test_models_that_are_in_memory_are_told_from_those_that_are_not(tmp_path: Path) -> None:
+    backend, default = TwoModels(), ServedModel("scripted", 0)
+    library = Library(
+        lambda: [Installed("other", 4000, 0), Installed("third", 70, 0)],
+        lambda name: name,
+        lambda name: ModelSpec(name, ""),
+        lambda name: (ByteTokenizer(), PlainChat()),
+    )
+    shelf = ModelShelf(backend, library, default)
+    services = Services(backend, ByteTokenizer(), PlainChat(), Config(), time.time(), [default], shelf=shelf)
+    with Server(create_app(services), tmp_path / "s") as server, ollama.Client(host=server.url, timeout=10) as client:
+        assert [model.model for model in client.ps().models] == ["scripted"]
+        client.generate(model="other", prompt="Hi")
+        first, other = client.ps().models
+        assert (first.size, first.expires_at.year) == (1000, 9999)
+        assert (other.size, other.details.family, other.details.parameter_size) == (5000, "other", "2.5M")
+        assert 190 < (other.expires_at - datetime.datetime.now(datetime.UTC)).total_seconds() <= 200
+        listed = {model.model: model for model in client.list().models}
+        assert [listed[name].size for name in ("other", "third")] == [4000, 70]
+        assert (listed["other"].details.family, listed["third"].details.family) == ("other", "")
 
 
 def test_models(client: ollama.Client) -> None:

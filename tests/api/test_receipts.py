@@ -36,7 +36,13 @@ def test_one_shape(http: httpx.Client, backend: ScriptedBackend, path: str) -> N
     assert receipt["tokens"]["seen"] > 0
     assert receipt["tokens"]["cached"] == 1
     assert receipt["seconds"].keys() == {"queued", "prefill", "decode"}
-    assert receipt["model"] == {"name": "scripted", "quantisation": "Q4_1", "sha256": None, "adapter": None}
+    assert receipt["model"] == {
+        "name": "scripted",
+        "quantisation": "Q4_1",
+        "sha256": None,
+        "adapter": None,
+        "adapter_sha256": None,
+    }
     assert (receipt["grammar"], receipt["class"]) == (False, "standard")
 
 

@@ -21,6 +21,7 @@ from tests.tiny import TinyShape, write_tiny_gguf
 
 from hob import native
 from hob.engine.base import Batch, Out
+from hob.engine.local import NO_LOGPROB
 from hob.models import ggml_types as ggml
 from hob.models.ggml_types import GGML_TYPES
 from hob.models.pack import KIND_OF_TYPE, Packed, ensure_packed, open_packed
@@ -593,6 +594,8 @@ def draw(
     history: list[int] | None = None,
     num_generated: int = 0,
     mask: NDArray[np.uint8] | None = None,
+    *,
+    has_logprob: bool = True,
 ) -> tuple[NDArray[np.int32], Floats, list[list[int]]]:
     """The same parameters for each row; row i draws at position + i."""
 
@@ -612,7 +615,7 @@ def draw(
         seed=full(params.seed, np.uint64),
         sample_index=full(sample_index, np.int32),
         position=np.arange(position, position + rows, dtype=np.int32),
-        num_logprobs=full(params.logprobs or 0, np.int32),
+        num_logprobs=full((params.logprobs or 0) if has_logprob else NO_LOGPROB, np.int32),
         history=np.array(ids * rows, np.int32),
         history_start=(np.arange(rows + 1) * len(ids)).astype(np.int32),
         num_generated=full(num_generated, np.int32),
@@ -650,6 +653,26 @@ def test_the_sampler_agrees_with_the_reference(files: dict[str, Packed], isa: st
     expected = [reference_sampling.sample(row, params, 2, 3 + i, history, 10) for i, row in enumerate(logits)]
     assert (ids == expected).mean() > 0.99  # a number on the edge between two tokens may fall to either side
     np.testing.assert_allclose(logprobs, reference.log_softmax(logits)[np.arange(250), ids], rtol=1e-4, atol=1e-4)
+    bare, zeros, _ = draw(core, params, 250, 3, 2, history, 10, has_logprob=False)
+    assert np.array_equal(bare, ids)
+    assert not zeros.any()
+
+
+@pytest.mark.parametrize("has_logprob", [True, False])
+def test_a_logit_that_is_no_number_is_noticed(
+    files: dict[str, Packed], tmp_path: Path, isa: str, has_logprob: bool
+) -> None:
+    packed, data = files["F32"], bytearray(files["F32"].path.read_bytes())
+    head = packed.tensor("token_embd.weight" if packed.network.tied_head else "output.weight")
+    at = packed.data_offset + head.offset
+    data[at : at + 4] = np.float32(np.nan).tobytes()  # of token 0
+    path = tmp_path / "broken.packed"
+    path.write_bytes(data)
+    core = Native(dataclasses.replace(packed, path=path), isa)
+    core.step(make_batch(([5, 6, 7], 0, [0])))
+    for params in (PARAMS[0], PARAMS[1], PARAMS[4]):
+        with pytest.raises(RuntimeError, match="no token can be chosen: the logits are not finite"):
+            draw(core, params, rows=3, has_logprob=has_logprob)
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=range(len(PARAMS)))

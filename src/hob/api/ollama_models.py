@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.responses import Response
 
 from hob import __version__
+from hob.api.adapters import split_name
 from hob.api.body import parse_body
 from hob.api.call import Call
 from hob.api.info import served_models
@@ -20,12 +22,12 @@ from hob.api.services import ServedModel
 from hob.api.stream import NDJSON, EventStream
 from hob.api.wire import to_json
 from hob.errors import InvalidRequest, ModelNotFound
-from hob.messages import ModelInfo
+from hob.messages import ModelStats
 from hob.models.catalog import Catalog
 from hob.models.sources import looks_like_source
 
 FAR = "9999-12-31T23:59:59Z"
-"""When a model leaves memory: not by itself."""
+"""When a model leaves memory that does not leave by itself."""
 
 
 async def version(call: Call) -> Response:
@@ -39,11 +41,25 @@ async def tags(call: Call) -> Response:
 
 
 async def ps(call: Call) -> Response:
-    """/api/ps: the models in memory."""
-    info = call.services.backend.model
-    found = [_entry(call, model) for model in served_models(call.services) if model.name == info.name]
-    more = {"expires_at": FAR, "size_vram": 0, "context_length": info.context_length}
-    return json_reply({"models": [{**entry, **more} for entry in found]})
+    """/api/ps: the models in memory, and when each would leave it if nobody asks for it."""
+    memory = {model.name: model for model in call.services.backend.stats.memory.models}
+    default = call.services.backend.model.name
+    found = []
+    for model in served_models(call.services):
+        info, resident = call.services.info_of(model.name), memory.get(model.name)
+        if info is None or (resident is None and model.name != default):
+            continue
+        entry = {**_entry(call, model), "size_vram": 0, "context_length": info.context_length}
+        if resident is not None:
+            entry["size"] = resident.num_bytes
+        found.append({**entry, "expires_at": _leaves_at(resident)})
+    return json_reply({"models": found})
+
+
+def _leaves_at(resident: ModelStats | None) -> str:
+    if resident is None or resident.keep_alive_s is None:
+        return FAR
+    return _iso(time.time() + max(resident.keep_alive_s - resident.idle_s, 0.0))
 
 
 async def show_model(call: Call, raw: bytes) -> Response:
@@ -120,23 +136,28 @@ def _name(body: NameBody) -> str:
 
 
 def _entry(call: Call, model: ServedModel) -> dict[str, Any]:
-    info: ModelInfo = call.services.backend.model
-    created = datetime.datetime.fromtimestamp(model.created, datetime.UTC).isoformat().replace("+00:00", "Z")
+    """What is not known before a model is loaded is left empty."""
+    info = call.services.info_of(split_name(model.name)[0])
+    family = "" if info is None else info.architecture
     return {
         "name": model.name,
         "model": model.name,
-        "modified_at": created,
-        "size": info.weight_bytes,
+        "modified_at": _iso(model.created),
+        "size": model.num_bytes or (0 if info is None else info.weight_bytes),
         "digest": call.services.sha256_of(model.name) or "",
         "details": {
             "parent_model": "",
             "format": "gguf",
-            "family": info.architecture,
-            "families": [info.architecture],
-            "parameter_size": _short(info.num_parameters),
-            "quantization_level": info.quantisation,
+            "family": family,
+            "families": [family] if family else [],
+            "parameter_size": "" if info is None else _short(info.num_parameters),
+            "quantization_level": "" if info is None else info.quantisation,
         },
     }
+
+
+def _iso(unix_time: float) -> str:
+    return datetime.datetime.fromtimestamp(unix_time, datetime.UTC).isoformat().replace("+00:00", "Z")
 
 
 def _short(count: int) -> str:

@@ -3,7 +3,8 @@
 tokens    seen (the prompt), cached (of these, not computed again), generated, cut (dropped because the caller let
           a prompt that is too long be cut; else such a prompt is an error)
 seconds   queued, prefill, decode; of several choices the longest
-model     name, quantisation, SHA-256 of the file (null while a file of no known hash is being hashed), adapter
+model     name, quantisation, SHA-256 of the file (null while a file of no known hash is being hashed), adapter and
+          its SHA-256
 grammar   whether the output was held to one
 class     interactive, standard or background
 waited    only if it had to wait: how many were ahead when it came, and in how many seconds a first token was expected
@@ -26,6 +27,7 @@ def receipt(call: Call) -> dict[str, Any]:
     """Of a call that has ended, or is about to."""
     record, services = call.record, call.services
     totals, model = record.totals, services.backend.model
+    adapter, _, adapter_digest = call.adapter.partition("@")
     decode_s = totals.decode_s
     if decode_s is None:  # it ended before the engine did, at a stop string
         decode_s = 0.0 if record.first_output_s is None else time.perf_counter() - record.first_output_s
@@ -45,7 +47,8 @@ def receipt(call: Call) -> dict[str, Any]:
             "name": model.name,
             "quantisation": model.quantisation,
             "sha256": services.sha256_of(model.name),
-            "adapter": call.adapter.partition("@")[0] or None,
+            "adapter": adapter or None,
+            "adapter_sha256": adapter_digest or None,
         },
         "grammar": record.has_grammar,
         "class": record.service_class or ServiceClass.STANDARD.name.lower(),

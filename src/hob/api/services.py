@@ -64,6 +64,8 @@ class ServedModel:
     created: int
     """Unix time."""
     owned_by: str = "hob"
+    num_bytes: int = 0
+    """Of its file. 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ class Shelf(Protocol):
 
     def installed(self) -> list[ServedModel]:
         """What can be asked for by name, the default first."""
+        ...
+
+    def opened(self, name: str) -> OpenModel | None:
+        """A model that is open, by its name in the catalogue."""
         ...
 
     async def open(self, name: str, app: str) -> OpenModel:
@@ -159,6 +165,13 @@ class Services:
     def served(self) -> list[ServedModel]:
         """What can be asked for by name, the default first."""
         return self.models if self.shelf is None else self.shelf.installed()
+
+    def info_of(self, name: str) -> ModelInfo | None:
+        """What a model that is in memory is. None: it is not, or is known under another name."""
+        if name == self.backend.model.name:
+            return self.backend.model
+        opened = None if self.shelf is None else self.shelf.opened(name)
+        return None if opened is None else opened.info
 
     def _default(self, name: str) -> ModelInfo:
         """The default model, if `name` means it. Raises ModelNotFound, and EngineUnavailable while no engine runs."""

@@ -57,8 +57,8 @@ class ModelShelf:
 
     def installed(self) -> list[ServedModel]:
         """See `services.Shelf`."""
-        others = [ServedModel(m.name, m.created) for m in self._library.installed() if m.name != self._default.name]
-        return [self._default, *others]
+        others = [m for m in self._library.installed() if m.name != self._default.name]
+        return [self._default, *(ServedModel(m.name, m.created, num_bytes=m.num_bytes) for m in others)]
 
     async def open(self, name: str, app: str) -> OpenModel:
         """See `services.Shelf`."""
@@ -83,7 +83,7 @@ class ModelShelf:
         return OpenModel(info, tokenizer, chat)
 
     def opened(self, name: str) -> OpenModel | None:
-        """A model that is open, by its name in the catalogue."""
+        """See `services.Shelf`."""
         return next((opened for opened in self._opened.values() if opened.info.name == name), None)
 
     def forget(self, name: str) -> None:

@@ -94,9 +94,9 @@ def find_adapters(folder: Path) -> dict[str, Path]:
 
 
 def digest_of(path: Path) -> str:
-    """16 hexadecimal digits that tell an adapter's content from another's."""
+    """SHA-256 of an adapter's file; of PEFT's two, of the settings and then the weights."""
     files = [path / CONFIG_FILE, path / WEIGHTS_FILE] if path.is_dir() else [path]
-    digest = hashlib.blake2b(digest_size=8)
+    digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -100,7 +100,7 @@ class Sampled:
 
     token_id: int
     logprob: float
-    """log softmax of the raw logits, before temperature and penalties."""
+    """log softmax of the raw logits, before temperature and penalties. 0 unless the draw's `logprobs` are wanted."""
     tops: list[Top] = field(default_factory=list)
 
 

@@ -67,6 +67,9 @@ def build_batch(chunks: Many[ChunkLike], num_layers: int, adapters: Mapping[str,
     )
 
 
+_STREAMING = [int(Out.LOGITS)], [0]
+
+
 def _adapter_id(chunk: ChunkLike, adapters: Mapping[str, int]) -> int:
     name = chunk.sequence.request.adapter
     if name and name not in adapters:
@@ -77,6 +80,8 @@ def _adapter_id(chunk: ChunkLike, adapters: Mapping[str, int]) -> int:
 def _outputs(chunk: ChunkLike) -> tuple[list[int], list[int]]:
     """`Out` and target of each row of a chunk."""
     sequence, num_rows = chunk.sequence, chunk.num_rows
+    if num_rows == 1 and wants_token(chunk) and sequence.score_from is None:  # a stream's row
+        return _STREAMING
     kinds, targets = [int(Out.NONE)] * num_rows, [0] * num_rows
     first = max(sequence.first_wanted_row - chunk.start, 0)
     if sequence.request.kind is Kind.EMBED:
@@ -135,16 +140,30 @@ def collect(
     engine: Engine, chunks: Many[ChunkLike], batch: Batch, sampled: list[Sampled], results: Many[ChunkValues]
 ) -> None:
     """Hand the step's tokens, scores and hidden states to the chunks that asked for them."""
-    has_scores = bool((batch.out == Out.SCORE).any())
-    has_hidden = bool((batch.out == Out.HIDDEN).any())
-    scores = engine.scores() if has_scores else None
-    hidden = _scaled(engine, batch) if has_hidden else None
     drawn = iter(sampled)
-    score_at = hidden_at = 0
-    for i, (chunk, result) in enumerate(zip(chunks, results, strict=True)):
+    for chunk, result in zip(chunks, results, strict=True):
         if wants_token(chunk):
             token = next(drawn)
             result.token_id, result.logprob, result.tops = token.token_id, token.logprob, token.tops
+    has_scores = bool((batch.out == Out.SCORE).any())
+    has_hidden = bool((batch.out == Out.HIDDEN).any())
+    if has_scores or has_hidden:
+        _collect_values(engine, chunks, batch, results, has_scores=has_scores, has_hidden=has_hidden)
+
+
+def _collect_values(
+    engine: Engine,
+    chunks: Many[ChunkLike],
+    batch: Batch,
+    results: Many[ChunkValues],
+    *,
+    has_scores: bool,
+    has_hidden: bool,
+) -> None:
+    scores = engine.scores() if has_scores else None
+    hidden = _scaled(engine, batch) if has_hidden else None
+    score_at = hidden_at = 0
+    for i, (chunk, result) in enumerate(zip(chunks, results, strict=True)):
         rows = batch.out[batch.row_start[i] : batch.row_start[i + 1]]
         if scores is not None and (count := int((rows == Out.SCORE).sum())):
             span = slice(score_at, score_at + count)

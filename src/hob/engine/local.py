@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import msgspec
@@ -22,6 +23,9 @@ from hob.messages import ModelInfo
 from hob.models.pack import Packed, open_packed
 
 log = logging.getLogger("hob.engine")
+
+NO_LOGPROB = -1
+"""As `num_logprobs` of a draw: not even the token's own, which takes a pass over the row of logits."""
 
 
 def choose_isa(wanted: str) -> tuple[str, str]:
@@ -155,7 +159,7 @@ class LocalEngine:
             seed=np.array([d.params.seed & 0xFFFFFFFFFFFFFFFF for d in draws], np.uint64),
             sample_index=_ints([d.sample_index for d in draws]),
             position=_ints([d.position for d in draws]),
-            num_logprobs=_ints([d.params.logprobs or 0 for d in draws]),
+            num_logprobs=_ints([NO_LOGPROB if d.params.logprobs is None else d.params.logprobs for d in draws]),
             history=history,
             history_start=history_start,
             num_generated=_ints([d.num_generated if _needs_history(d) else 0 for d in draws]),
@@ -252,6 +256,5 @@ def _ints(values: list[int]) -> NDArray[np.int32]:
 
 def _join(lists: list[list[int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Lists one after the other, and where each starts: (total,), (n + 1,)."""
-    starts = np.zeros(len(lists) + 1, np.int32)
-    np.cumsum([len(items) for items in lists], out=starts[1:])
-    return _ints([value for items in lists for value in items]), starts
+    starts = list(accumulate(map(len, lists), initial=0))
+    return _ints([value for items in lists for value in items]), _ints(starts)

@@ -649,6 +649,7 @@ class Residents:
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             idle_s=0.0 if scheduler.has_work else max(now - resident.last_used, 0.0),
+            keep_alive_s=None if name == self.default else self._keep_alive_s(name),
             rank=self._worth(resident)[1],
             is_pinned=self.is_pinned(name),
             leases=list(self._leases.get(name, {})),
