@@ -48,6 +48,9 @@ NUM_IN, NUM_OUT, THINK_S = 30, 64, 1.0
 BACKGROUND_IN, BACKGROUND_OUT = 1500, 64
 WARM_UP_S = 5.0
 ROUNDS = 4
+JAIN_EACH = 8
+"""Requests of each app at a time where its share is measured: a prompt must wait to be read at any time, because those
+that are being answered take a row a step and could not use an equal share."""
 CLOSING_S = 30.0
 """Longest wait for the first token of a prompt that is being read when a window ends."""
 JSON_KEYS = ("ttft_p95_ms", "ttft_p95_ratio", "itl_p95_ratio", "background_share", "jain")
@@ -134,9 +137,9 @@ async def interactive(address: str, load: Load, rng: random.Random, num_samples:
                 await asyncio.sleep(THINK_S)
 
 
-async def saturate(address: str, app: int, load: Load, length: Callable[[random.Random], int]) -> None:
-    """One background app, until cancelled."""
-    rng = random.Random(100 + app)
+async def saturate(address: str, index: int, load: Load, length: Callable[[random.Random], int]) -> None:
+    """One request after the other of a background app, until cancelled."""
+    app, rng = index % NUM_APPS, random.Random(100 + index)
     while True:
         prompt = random_prompt(rng, length(rng))
         await stream(address, f"batch{app}", "background", prompt, BACKGROUND_OUT, load)
@@ -146,10 +149,7 @@ async def saturate(address: str, app: int, load: Load, length: Callable[[random.
 async def background(address: str, length: Callable[[random.Random], int], each: int = 1) -> AsyncIterator[list[Load]]:
     """Four apps at work inside the block, warmed up; `each` requests of each at a time."""
     loads = [Load() for _ in range(NUM_APPS)]
-    tasks = [
-        asyncio.create_task(saturate(address, i % NUM_APPS, loads[i % NUM_APPS], length))
-        for i in range(NUM_APPS * each)
-    ]
+    tasks = [asyncio.create_task(saturate(address, i, loads[i % NUM_APPS], length)) for i in range(NUM_APPS * each)]
     await asyncio.sleep(WARM_UP_S)
     try:
         yield loads
@@ -204,7 +204,7 @@ async def jain(address: str, seconds: float) -> float:
         return [app["compute_s"] for app in sorted(stats["apps"], key=lambda a: a["app"]) if "batch" in app["app"]]
 
     worst = 1.0
-    async with background(address, lambda rng: rng.randrange(50, 2000), each=3):
+    async with background(address, lambda rng: rng.randrange(50, 2000), each=JAIN_EACH):
         before, end = await compute(), time.perf_counter() + seconds
         while time.perf_counter() < end:
             await asyncio.sleep(5)
