@@ -29,7 +29,7 @@ namespace {
 
 constexpr int kSpan = 6;           // groups whose weights are unpacked at once
 constexpr int kPassRows = 48;      // rows for which that is done
-constexpr int kLeastTileRows = 13; // up to 12 rows, VNNI is as fast
+constexpr int kLeastTileRows = 29; // up to 28 rows VNNI is ahead: a decode step is bound by reading weights
 constexpr int kSums = kCodeRows * kPanel;
 
 // kSpan groups of a panel: codes as bytes (signed for symmetric kinds), d and m as floats.
