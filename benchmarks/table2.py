@@ -2,11 +2,12 @@
 
     python benchmarks/table2.py --train DIR [--test DIR2] [--cache DIR3] [--json]
 
-DIR holds NAME.jsonl or NAME.csv with columns text and label. Without --test each set is split by a hash of the text,
-half and half; with it, training rows whose text occurs in the test set are dropped, so no test row is seen in training.
-A daemon is asked for all states and log-probabilities; what it said is kept under --cache, so that a run may be
-interrupted and gone on with. Caps, all stated in the output: MAX_EXAMPLES training rows of a head, --zero-shot-rows
-test rows for zero-shot, CHOICE_ROWS training rows to choose its scoring from.
+DIR holds NAME.jsonl or NAME.csv with columns text and label. Without --test each set is split by a hash of the text
+(--test-share); with it, training rows whose text occurs in the test set are dropped: no test row is seen in training.
+A daemon is asked for all states and log-probabilities; what it said and finished rows of the table are kept under
+--cache, so that a run may be interrupted and gone on with, or be done by pieces (--only). Caps, all stated in the
+output: MAX_EXAMPLES training rows of a head, --zero-shot-rows test rows for zero-shot, CHOICE_ROWS training rows to
+choose its scoring from.
 
 Columns: macro-F1 on the test rows. Heads: hidden states and words of the text, whichever set of them cross-validation
 on the training rows prefers; `head_states` has hidden states alone. head_32 and head_128 are means over five seeds.
@@ -16,6 +17,7 @@ Published: the best of 72 models in Lepagnol et al. 2024, arXiv:2404.11122, tabl
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -28,6 +30,8 @@ from typing import Any
 
 import numpy as np
 
+import hob.heads
+import hob.tasks
 from hob.client import Client
 from hob.heads.head import Features, Head
 from hob.heads.parts import is_marked
@@ -77,19 +81,20 @@ def main() -> None:
     with _client(args) as client:
         for one in sets:
             start = time.perf_counter()
-            rows[one.name] = _row(one, client, args)
+            rows[one.name] = _kept_row(one, client, args)
             if not args.json:
                 print(_line(one, rows[one.name], time.perf_counter() - start), flush=True)
     if args.json:
         print(json.dumps({"rows": rows}, indent=1))
     else:
-        _summary(rows)
+        _summary(rows, args)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path)
+    parser.add_argument("--test-share", type=float, default=0.3, help="share of the rows to test on, without --test")
     parser.add_argument("--only", default="", help="names, with commas between them")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "hob-table2")
     parser.add_argument(
@@ -119,7 +124,7 @@ def _sets(args: argparse.Namespace) -> Iterator[Set]:
     for name, path in dataset_files(args.train, names).items():
         examples = read_examples(path)
         if not args.test:
-            kept, held = split_by_hash(examples, 0.5, "table2")
+            kept, held = split_by_hash(examples, args.test_share, "table2")
         elif name in tests:
             held = read_examples(tests[name])
             seen = {example.text for example in held}
@@ -128,6 +133,22 @@ def _sets(args: argparse.Namespace) -> Iterator[Set]:
             print(f"{name}: not in {args.test}, left out", file=sys.stderr)
             continue
         yield Set(name, kept, held)
+
+
+def _kept_row(one: Set, client: Client, args: argparse.Namespace) -> dict[str, Any]:
+    """A row that was made before of the same data by the same program and model, or a new one."""
+    digest = hashlib.sha256(repr((one, args.zero_shot_rows, args.seeds, client.stats()["model"])).encode())
+    for folder in (Path(hob.tasks.__file__).parent, Path(hob.heads.__file__).parent, Path(__file__)):
+        for path in sorted([folder, *folder.glob("**/*.py"), *folder.glob("**/*.toml")]):
+            digest.update(path.read_bytes() if path.is_file() else b"")
+    path = args.cache / "rows" / f"{one.name}-{digest.hexdigest()[:16]}.json"
+    if path.is_file():
+        kept: dict[str, Any] = json.loads(path.read_text())
+        return kept
+    row = _row(one, client, args)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(row))
+    return row
 
 
 def _row(one: Set, client: Client, args: argparse.Namespace) -> dict[str, Any]:
@@ -141,10 +162,10 @@ def _row(one: Set, client: Client, args: argparse.Namespace) -> dict[str, Any]:
     }
     model = client.stats()["model"]
     gathered = train.gathered_features(model["num_layers"], _is_marked(one))
-    everything = gather(
-        client, texts + [e.text for e in one.test], gathered, _progress(one.name), args.cache / "states"
-    )
-    states, held = everything[: len(texts)], everything[len(texts) :]
+    asked = sorted({e.text for e in one.train + one.test})  # in an order that does not depend on the split
+    everything = gather(client, asked, gathered, _progress(one.name), args.cache / "states")
+    place = {text: i for i, text in enumerate(asked)}
+    states, held = everything[[place[text] for text in texts]], everything[[place[e.text] for e in one.test]]
     for count in FEW:
         scores = few_shot(one.train, one.test, states, held, gathered, count, args.seeds)
         row[f"head_{count}"] = float(np.mean(scores))
@@ -218,14 +239,17 @@ def _line(one: Set, row: dict[str, Any], seconds: float) -> str:
     )
 
 
-def _summary(rows: dict[str, dict[str, Any]]) -> None:
+def _summary(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
     def above(a: str, b: str) -> str:
         known = [row for row in rows.values() if row[a] is not None]
         return f"{a} above {b}: {sum(row[a] > row[b] for row in known)} of {len(known)}"
 
     pairs = (("head_all", "published"), ("head_all", "tfidf"), ("head_states", "tfidf"), ("zero_shot", "majority"))
     print("\n".join(above(a, b) for a, b in pairs))
-    print(f"caps: {train.MAX_EXAMPLES} training rows of a head; zero-shot: {CHOICE_ROWS} training rows to choose from")
+    print(
+        f"caps: {train.MAX_EXAMPLES} training rows of a head; zero-shot: {args.zero_shot_rows} test rows, "
+        f"{MAX_CHARS} characters of a text, {CHOICE_ROWS} training rows to choose from"
+    )
 
 
 if __name__ == "__main__":

@@ -102,6 +102,29 @@ def test_the_report(daemon: Daemon, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_few_shot_curves(daemon: Daemon, tmp_path: Path) -> None:
+    words = {"food": ["bread", "soup", "apple"], "travel": ["train", "ship", "ticket"]}
+    rows = [{"text": f"{words[label][i % 3]} {i}", "label": label} for i in range(40) for label in words]
+    (tmp_path / "topics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out"
+    call = ("eval", "few-shot", "--data", str(tmp_path), "--counts", "4,16,512", "--seeds", "2", "--out", str(out))
+    done = hob(daemon.home, *call, timeout_s=240)
+    assert done.returncode == 0, done.stderr
+    (curve,) = json.loads((out / "few-shot.json").read_text())
+    assert curve["num_train"] + curve["num_test"] == 80
+    assert {int(count): len(scores) for count, scores in curve["scores"].items()} == {
+        4: 2,
+        16: 2,
+        curve["num_train"]: 1,
+    }
+    assert curve["scores"][str(curve["num_train"])][0] > 0.9 > curve["majority"]
+    assert "| topics |" in (out / "few-shot.md").read_text()
+    assert "<svg" in (out / "few-shot.svg").read_text()
+    wrong = hob(daemon.home, "eval", "few-shot", "--data", str(tmp_path), "--only", "other", "--out", str(out))
+    assert wrong.returncode != 0
+    assert "topics" in wrong.stderr
+
+
 def test_task_commands(daemon: Daemon, tmp_path: Path) -> None:
     lines = ["text,label", *(f"win a prize {i},spam\nlunch at noon {i},ok" for i in range(30))]
     (tmp_path / "data.csv").write_text("\n".join(lines))

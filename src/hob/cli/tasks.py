@@ -196,8 +196,47 @@ def zero_shot(
     print(f"report: {out / 'report.md'}, {out / 'report.html'}")
 
 
-def _bar(name: str, done: int, of: int, left_s: float) -> None:
+@evaluate.command(name="few-shot")
+def few_shot(
+    data: Annotated[Path, typer.Option(help="A file of examples, or a folder of them: .jsonl, .csv, .tsv.")],
+    only: Annotated[str, typer.Option(help="Names of files, with commas between them. Unset: all of the folder.")] = "",
+    counts: Annotated[str, typer.Option(help="Numbers of examples.")] = "8,32,128,512",
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of each number.")] = 5,
+    out: Annotated[
+        Path, typer.Option(help="Folder for curves and the model's states, which are not asked again.")
+    ] = Path("few-shot"),
+    json: Json = False,
+) -> None:
+    """What heads reach from few examples: macro-F1 on rows they have not seen, as few-shot.md and few-shot.svg.
+
+    \b
+    hob eval few-shot --data messages.csv
+    """
+    import msgspec
+
+    from hob.cli.output import print_json, print_table
+    from hob.errors import UserError
+    from hob.tasks import few_shot
+
+    try:
+        numbers = tuple(int(count) for count in counts.split(","))
+    except ValueError:
+        raise UserError(f"--counts is '{counts}'. Expected numbers with commas between them, e.g. 8,32,128.") from None
+    plan = few_shot.Plan(data, [name for name in only.split(",") if name], numbers, seeds, out / "states")
+    with connected() as client:
+        curves = few_shot.run(plan, client, lambda what, done, of: _bar(what, done, of, None))
+    few_shot.write(out, curves, numbers)
+    if json:
+        print_json([msgspec.to_builtins(curve, str_keys=True) for curve in curves])
+        return
+    header, *rows = few_shot.table(curves, numbers)
+    print_table(header, rows)
+    print(f"curves: {out / 'few-shot.md'}, {out / 'few-shot.svg'}")
+
+
+def _bar(name: str, done: int, of: int, left_s: float | None) -> None:
     import sys
 
     end = "\n" if done == of else ""
-    print(f"\r{name}: {done} of {of}, {left_s:.0f} s left   ", end=end, file=sys.stderr, flush=True)
+    left = "" if left_s is None else f", {left_s:.0f} s left"
+    print(f"\r{name}: {done} of {of}{left}   ", end=end, file=sys.stderr, flush=True)
