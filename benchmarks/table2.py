@@ -98,7 +98,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="names, with commas between them")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "hob-table2")
     parser.add_argument(
-        "--zero-shot-rows", type=int, default=400, help="test rows for zero-shot at most; 0: leave it out"
+        "--zero-shot-rows", type=int, default=100, help="test rows for zero-shot at most; 0: leave it out"
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--socket", help="a daemon's socket; unset: one is started if none runs")

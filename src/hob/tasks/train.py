@@ -30,9 +30,9 @@ from hob.tasks.datasets import check_labels
 Doubles = NDArray[np.float64]
 States = NDArray[np.float32]
 
-DEPTHS = (2 / 15, 4 / 15, 6 / 15, 8 / 15)
-"""Layers to read, as shares of the model's depth. The lower half: what follows is more and more the next token."""
-STRENGTHS = (3.0, 30.0)
+DEPTHS = (4 / 15, 6 / 15, 8 / 15, 10 / 15)
+"""Layers to read, as shares of the model's depth. Above two thirds a state is more and more the next token."""
+STRENGTHS = (3.0, 10.0, 30.0, 100.0)
 """Inverse regularisation to choose from; texts have length 1 or 2."""
 NUM_FOLDS = 4
 MAX_EXAMPLES = 3000
