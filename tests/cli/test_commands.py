@@ -17,7 +17,7 @@ from hob.cli.main import app
 from hob.memory import is_running
 from tests.daemons import Daemon, environment, hob, running, short_folder, until
 
-HEAVY = ("httpx", "numpy", "fastapi", "uvicorn", "tokenizers", "msgspec", "asyncio", "rich")
+HEAVY = ("httpx", "numpy", "starlette", "uvicorn", "tokenizers", "msgspec", "asyncio", "rich")
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,22 @@
 """The application: which path is answered by what. Routes only.
 
-FastAPI routes and answers; bodies are msgspec structs (schema.py), so its document is made from them in openapi.py.
+    Edge -> Application (its errors in our shape) -> Starlette's Router -> a handler -> its Response
+
+Bodies are msgspec structs (schema.py), and the document is made from them in openapi.py: of a framework only the router
+is left to be used, and each layer around it would cost every message of every reply.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route as HttpRoute
+from starlette.routing import Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hob import __version__
 from hob.api import apps, contexts, info, memory, ollama, ollama_models, page, public_prompts, tasks
 from hob.api.call import Call
 from hob.api.chat import chat_completions
@@ -22,13 +27,14 @@ from hob.api.embeddings import embeddings
 from hob.api.metrics import metrics
 from hob.api.openapi import document
 from hob.api.overview import events, overview
-from hob.api.replies import error_reply
+from hob.api.replies import error_reply, json_reply
 from hob.api.scores import score_texts
 from hob.api.services import Services
 from hob.api.tokenize import tokenize
 from hob.errors import NotFound
 
 Route = Callable[[Call, bytes], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Response]]
 
 POSTS: dict[str, Route] = {
     "/v1/chat/completions": chat_completions,
@@ -52,45 +58,66 @@ GETS: dict[str, Callable[[Call], Awaitable[Response]]] = {
     "/hob/v1/events": events,
     "/metrics": metrics,
     "/health": info.health,
+    "/openapi.json": lambda call: _document(),
     "/api/tags": ollama_models.tags,
     "/api/ps": ollama_models.ps,
     "/api/version": ollama_models.version,
 }
 
 
-def create_app(services: Services) -> FastAPI:
+def create_app(services: Services) -> ASGIApp:
     """The ASGI application. Serve it with uvicorn and `http=protocol.HobProtocol`."""
-    app = FastAPI(title="Hob", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.services = services
+    router = Router(redirect_slashes=False)
+
+    def call_of(request: Request) -> Call:
+        record = request.state.record
+        if services.meter is not None:
+            record.joules_before = services.meter.joules()
+        return Call(services, record.app, request.headers.get("x-hob-class"), record, request.state.gone)
+
     for path, post in POSTS.items():
-        app.router.add_route(path, _post(post), methods=["POST"])
+        router.routes.append(HttpRoute(path, _Endpoint(_post(post, call_of)), methods=["POST"]))
     for path, get in GETS.items():
-        app.router.add_route(path, _get(get), methods=["GET"])
-    app.router.add_route("/v1/models/{name:path}", _model, methods=["GET"])
+        router.add_route(path, _get(get, call_of), methods=["GET"])
+    router.add_route("/v1/models/{name:path}", _model(call_of), methods=["GET"])
     for path in page.FILES:
-        app.router.add_route(path, page.page, methods=["GET"])
-    app.router.add_route(page.ENTER + "{secret}", page.enter, methods=["GET"])
-    contexts.register(app, _call)
-    apps.register(app, _call)
-    public_prompts.register(app, _call)
-    tasks.register(app, _call)
-    memory.register(app, _call)
-    app.openapi = document  # type: ignore[method-assign]
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(Edge, services=services)
-    return app
+        router.add_route(path, page.page, methods=["GET"])
+    router.add_route(page.ENTER + "{secret}", page.enter, methods=["GET"])
+    for part in (contexts, apps, public_prompts, tasks, memory):
+        part.register(router, call_of)
+    return Edge(Application(router, services), services)
 
 
-def _call(request: Request) -> Call:
-    record, services = request.state.record, request.app.state.services
-    if services.meter is not None:
-        record.joules_before = services.meter.joules()
-    return Call(services, record.app, request.headers.get("x-hob-class"), record, request.receive)
+class Application:
+    """The router; what it finds no route for is an error as all others are."""
+
+    def __init__(self, router: Router, services: Services) -> None:
+        self.services = services
+        self._router = router
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request. Errors of handlers are the caller's to answer."""
+        scope["app"] = self
+        try:
+            await self._router(scope, receive, send)
+        except HTTPException as error:
+            await _http_error(scope["method"], scope["path"], error)(scope, receive, send)
 
 
-def _post(route: Route) -> Callable[[Request], Awaitable[Response]]:
+class _Endpoint:
+    """A handler as an ASGI application of its own: Starlette would wrap a function twice, and each message it sends."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = await self._handler(Request(scope, receive, send))
+        await reply(scope, receive, send)
+
+
+def _post(route: Route, call_of: Callable[[Request], Call]) -> Handler:
     async def endpoint(request: Request) -> Response:
-        call, raw = _call(request), await request.body()
+        call, raw = call_of(request), await request.body()
         if call.services.policy.file.audit.prompts:
             call.record.body = raw.decode("utf-8", "replace")
         return await route(call, raw)
@@ -98,24 +125,29 @@ def _post(route: Route) -> Callable[[Request], Awaitable[Response]]:
     return endpoint
 
 
-def _get(route: Callable[[Call], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+def _get(route: Callable[[Call], Awaitable[Response]], call_of: Callable[[Request], Call]) -> Handler:
     async def endpoint(request: Request) -> Response:
-        return await route(_call(request))
+        return await route(call_of(request))
 
     return endpoint
 
 
-async def _model(request: Request) -> Response:
-    return await info.get_model(_call(request), request.path_params["name"])
+async def _document() -> Response:
+    return json_reply(document())
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+def _model(call_of: Callable[[Request], Call]) -> Handler:
+    async def endpoint(request: Request) -> Response:
+        return await info.get_model(call_of(request), request.path_params["name"])
+
+    return endpoint
+
+
+def _http_error(method: str, path: str, error: HTTPException) -> Response:
     """The router's own errors, 404 and 405, in our shape."""
-    assert isinstance(error, HTTPException)
-    path = request.url.path
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
-        reply = NotFound(f"{request.method} is not possible at '{path}'. Expected {allowed}.")
+        reply = NotFound(f"{method} is not possible at '{path}'. Expected {allowed}.")
         reply.code = "method_not_allowed"
     else:
         reply = NotFound(f"there is nothing at '{path}'. Known: {', '.join(sorted([*GETS, *POSTS]))}.")

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from fastapi import FastAPI
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
+from starlette.routing import Router
 
 from hob.api.app_sockets import AppSockets
 from hob.api.body import parse_body
@@ -32,7 +32,7 @@ class NewApp(Body, kw_only=True):
     kind: Literal["key", "socket"] = "key"
 
 
-def register(app: FastAPI, call_of: Callable[[HttpRequest], Call]) -> None:
+def register(router: Router, call_of: Callable[[HttpRequest], Call]) -> None:
     """Add the routes."""
 
     async def at_all(request: HttpRequest) -> Response:
@@ -42,8 +42,8 @@ def register(app: FastAPI, call_of: Callable[[HttpRequest], Call]) -> None:
     async def at_one(request: HttpRequest) -> Response:
         return await remove(call_of(request), **request.path_params)
 
-    app.router.add_route(PATH, at_all, methods=["GET", "POST"])
-    app.router.add_route(PATH + "/{kind}/{name}", at_one, methods=["DELETE"])
+    router.add_route(PATH, at_all, methods=["GET", "POST"])
+    router.add_route(PATH + "/{kind}/{name}", at_one, methods=["DELETE"])
 
 
 async def list_apps(call: Call) -> Response:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-
-from starlette.types import Receive
 
 from hob.api.adapters import split_name, with_adapter
 from hob.api.generate import Totals
@@ -64,7 +63,8 @@ class Call:
     app: str
     class_header: str | None
     record: Record
-    receive: Receive
+    gone: asyncio.Future[None]
+    """Done when the client has left."""
     ttft_deadline_s: float | None = None
     tpot_limit_s: float | None = None
     """Of its requests, where the body has any."""
@@ -118,4 +118,4 @@ class Call:
 
     async def while_connected(self, work: Coroutine[Any, Any, T]) -> T:
         """Run work that ends when the client leaves."""
-        return await until_gone(self.receive, work)
+        return await until_gone(self.gone, work)

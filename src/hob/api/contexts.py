@@ -17,9 +17,9 @@ from contextlib import aclosing
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
+from starlette.routing import Router
 
 from hob.api.body import parse_body
 from hob.api.call import Call
@@ -53,7 +53,7 @@ class ForkRequest(Body, kw_only=True):
     name: str | None = None
 
 
-def register(app: FastAPI, call_of: Callable[[HttpRequest], Call]) -> None:
+def register(router: Router, call_of: Callable[[HttpRequest], Call]) -> None:
     """Add the routes."""
 
     def endpoint(act: Callable[..., Any], *, has_body: bool) -> Callable[[HttpRequest], Any]:
@@ -72,7 +72,7 @@ def register(app: FastAPI, call_of: Callable[[HttpRequest], Call]) -> None:
         (PATH + "/{context_id}/generate", "POST", take_turn),
         (PATH + "/{context_id}/fork", "POST", fork),
     ):
-        app.router.add_route(path, endpoint(act, has_body=method == "POST"), methods=[method])
+        router.add_route(path, endpoint(act, has_body=method == "POST"), methods=[method])
 
 
 # ---- the calls ----

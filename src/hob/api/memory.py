@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import msgspec
-from fastapi import FastAPI
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
+from starlette.routing import Router
 
 from hob.api.body import parse_body
 from hob.api.call import Call
@@ -48,7 +48,7 @@ class UnloadRequest(Body, kw_only=True):
     model: str
 
 
-def register(app: FastAPI, call_of: Callable[[HttpRequest], Call]) -> None:
+def register(router: Router, call_of: Callable[[HttpRequest], Call]) -> None:
     """Add the routes."""
 
     async def show(request: HttpRequest) -> Response:
@@ -66,11 +66,11 @@ def register(app: FastAPI, call_of: Callable[[HttpRequest], Call]) -> None:
     async def let_go(request: HttpRequest) -> Response:
         return await end_lease(call_of(request), request.path_params["name"])
 
-    app.router.add_route("/hob/v1/memory", show, methods=["GET"])
-    app.router.add_route("/hob/v1/memory", change, methods=["PUT"])
-    app.router.add_route("/hob/v1/unload", unload, methods=["POST"])
-    app.router.add_route("/hob/v1/leases/{name:path}", hold, methods=["PUT"])
-    app.router.add_route("/hob/v1/leases/{name:path}", let_go, methods=["DELETE"])
+    router.add_route("/hob/v1/memory", show, methods=["GET"])
+    router.add_route("/hob/v1/memory", change, methods=["PUT"])
+    router.add_route("/hob/v1/unload", unload, methods=["POST"])
+    router.add_route("/hob/v1/leases/{name:path}", hold, methods=["PUT"])
+    router.add_route("/hob/v1/leases/{name:path}", let_go, methods=["DELETE"])
 
 
 def memory(call: Call) -> Response:

@@ -48,7 +48,7 @@ async def page(request: Request) -> Response:
 
 async def enter(request: Request) -> Response:
     """Follow a one-time link."""
-    session = request.app.state.services.sessions.enter(request.path_params["secret"])
+    session = request.app.services.sessions.enter(request.path_params["secret"])
     if session is None:
         return locked()
     return RedirectResponse("/", 303, headers={**HEADERS, "set-cookie": cookie_of(session)})

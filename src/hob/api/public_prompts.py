@@ -16,9 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
+from starlette.routing import Router
 
 from hob.api.body import parse_body
 from hob.api.call import Call
@@ -47,7 +47,7 @@ class PublishRequest(Body, kw_only=True):
     prompt: str | None = None
 
 
-def register(app: FastAPI, call_of: Callable[[HttpRequest], Call]) -> None:
+def register(router: Router, call_of: Callable[[HttpRequest], Call]) -> None:
     """Add the routes."""
 
     async def at_all(request: HttpRequest) -> Response:
@@ -59,9 +59,9 @@ def register(app: FastAPI, call_of: Callable[[HttpRequest], Call]) -> None:
     async def delete_one(request: HttpRequest) -> Response:
         return await remove(call_of(request), request.path_params["name"])
 
-    app.router.add_route(PATH, at_all, methods=["GET"])
-    app.router.add_route(PATH + "/{name}", put_one, methods=["PUT"])
-    app.router.add_route(PATH + "/{name}", delete_one, methods=["DELETE"])
+    router.add_route(PATH, at_all, methods=["GET"])
+    router.add_route(PATH + "/{name}", put_one, methods=["PUT"])
+    router.add_route(PATH + "/{name}", delete_one, methods=["DELETE"])
 
 
 def list_prompts(call: Call) -> Response:

@@ -53,26 +53,32 @@ class ClientGone(Exception):
     """The client closed its connection; there is nobody to answer."""
 
 
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def until_gone(gone: asyncio.Future[None], work: Coroutine[Any, Any, T]) -> T:
     """Run `work` unless the client leaves first: then cancel it, wait for its cleaning up, and raise ClientGone.
 
-    The body must have been read: the next message of `receive` is the disconnect.
+    No task is made: it is cancelled as `asyncio.timeout` does it.
     """
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnect(receive))
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
+    task = asyncio.current_task()
+    assert task is not None
+    if gone.done():
+        work.close()
         raise ClientGone
+    is_gone = False
+
+    def leave(_: asyncio.Future[None]) -> None:
+        nonlocal is_gone
+        is_gone = True
+        task.cancel()
+
+    gone.add_done_callback(leave)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if is_gone and task.uncancel() == 0:
+            raise ClientGone from None
+        raise
     finally:
-        await _cancel(watch)
-        await _cancel(task)
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        gone.remove_done_callback(leave)
 
 
 async def _cancel(task: asyncio.Future[Any]) -> None:
@@ -132,7 +138,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all events, or stop when the client leaves."""
-        await until_gone(receive, self._send(send, scope["state"]["writer"]))
+        await until_gone(scope["state"]["gone"], self._send(send, scope["state"]["writer"]))
 
     async def _send(self, send: Send, writer: BodyWriter) -> None:
         async with contextlib.aclosing(self._events) as events:

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from fastapi import FastAPI
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
+from starlette.routing import Router
 
 from hob.api.body import parse_body
 from hob.api.call import Call
@@ -67,7 +67,7 @@ class RunRequest(Body, kw_only=True):
     service_class: str | None = None
 
 
-def register(app: FastAPI, call_of: Callable[[HttpRequest], Call]) -> None:
+def register(router: Router, call_of: Callable[[HttpRequest], Call]) -> None:
     """Add the routes."""
     routes = _Routes()
 
@@ -87,7 +87,7 @@ def register(app: FastAPI, call_of: Callable[[HttpRequest], Call]) -> None:
         (PATH + "/{task}/train", "POST", routes.train),
         (PATH + "/{task}/run", "POST", routes.run),
     ):
-        app.router.add_route(path, endpoint(act, has_body=method == "POST"), methods=[method])
+        router.add_route(path, endpoint(act, has_body=method == "POST"), methods=[method])
 
 
 class _Routes:
