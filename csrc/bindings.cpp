@@ -15,6 +15,7 @@
 
 #include "arrays.h"
 #include "cpu.h"
+#include "density.h"
 #include "forward.h"
 #include "kv.h"
 #include "model.h"
@@ -120,7 +121,8 @@ std::pair<bool, nb::dict> step(const Model& model, KvPool& pool, Workspace& work
                                const Array<int32_t>& position, const Array<int32_t>& index, const Array<uint8_t>& out,
                                const Array<int32_t>& target, const Array<int32_t>& row_start,
                                const Array<int32_t>& table_start, const Array<int32_t>& blocks,
-                               const Array<int32_t>& adapter, int num_tops, const Array<int32_t>& layers, int depth) {
+                               const Array<int32_t>& adapter, int num_tops, const Array<int32_t>& layers, int depth,
+                               int measured) {
   if (&workspace.model != &model || &pool.model != &model) refuse("the workspace and the pool belong to another model");
   const size_t rows = token.shape(0), sequences = adapter.shape(0);
   const Batch batch = {static_cast<int>(rows),
@@ -138,7 +140,8 @@ std::pair<bool, nb::dict> step(const Model& model, KvPool& pool, Workspace& work
                        num_tops,
                        layers.data(),
                        static_cast<int>(layers.shape(0)),
-                       depth == 0 ? model.network.num_layers : depth};
+                       depth == 0 ? model.network.num_layers : depth,
+                       measured};
   bool is_done;
   {
     nb::gil_scoped_release release;
@@ -211,6 +214,16 @@ Sampled draw(Workspace& workspace, const Array<float>& temperature, const Array<
     sample(workspace, draws);
   }
   return {id_array, logprob_array, start_array, top_id_array, top_logprob_array};
+}
+
+Result1<float> density_of(KvPool& pool, const Workspace& workspace, const Array<int32_t>& blocks) {
+  float* mass;
+  auto result = new_array<float>(blocks.shape(0), &mass);
+  {
+    nb::gil_scoped_release release;
+    density(pool, workspace, blocks.data(), static_cast<int>(blocks.shape(0)), mass);
+  }
+  return result;
 }
 
 nb::bytes read_block(KvPool& pool, int i) {
@@ -290,7 +303,8 @@ NB_MODULE(_core, m) {
       .def_prop_ro("num_bytes", &Workspace::num_bytes);
 
   m.def("forward", &step, "model"_a, "pool"_a, "workspace"_a, "token"_a, "position"_a, "index"_a, "out"_a, "target"_a,
-        "row_start"_a, "table_start"_a, "blocks"_a, "adapter"_a, "num_tops"_a, "layers"_a, "depth"_a);
+        "row_start"_a, "table_start"_a, "blocks"_a, "adapter"_a, "num_tops"_a, "layers"_a, "depth"_a, "measured"_a = -1);
+  m.def("density", &density_of, "pool"_a, "workspace"_a, "blocks"_a);
   m.def("sample", &draw, "workspace"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition"_a, "presence"_a,
         "frequency"_a, "seed"_a, "sample_index"_a, "position"_a, "num_logprobs"_a, "history"_a, "history_start"_a,
         "num_generated"_a, "bias_ids"_a, "bias_values"_a, "bias_start"_a, "mask"_a = nb::none());

@@ -42,6 +42,9 @@ void check_batch(const Batch& b, const Workspace& w, const KvPool& pool) {
   for (int r = 0; r < b.num_rows && !is_all; ++r)
     if (b.out[r] != static_cast<uint8_t>(Out::kNone) && b.out[r] != static_cast<uint8_t>(Out::kHidden))
       refuse("row ", r, ": out is ", int{b.out[r]}, ", but depth ", b.depth, " gives hidden states only");
+  if (b.measured < -1 || b.measured >= b.num_rows ||
+      (b.measured >= 0 && b.out[b.measured] != static_cast<uint8_t>(Out::kLogits)))
+    refuse("measured is ", b.measured, ", expected -1 or a row that owes logits");
   check_starts("row_start", b.row_start, b.num_sequences, b.num_rows, true);
   check_starts("table_start", b.table_start, b.num_sequences, b.num_blocks, false);
   for (int s = 0; s < b.num_sequences; ++s) {

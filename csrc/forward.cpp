@@ -56,6 +56,7 @@ class Step {
     w_.bad_point.store(-1);
     w_.is_stop_requested.store(false);
     w_.num_tops = b_.num_tops;
+    w_.measured_keys = b_.measured < 0 ? 0 : b_.index[b_.measured] + 1;
     std::fill(std::begin(w_.phase_ns), std::end(w_.phase_ns), 0);
     w_.logits_rows.clear();
     w_.score_rows.clear();
@@ -507,6 +508,9 @@ class Step {
 
   void attention(int layer) {
     const auto& pieces = layer + 1 == net_.num_layers ? w_.last_pieces : w_.pieces;
+    if (b_.measured >= 0)
+      std::copy_n(w_.q + static_cast<ptrdiff_t>(b_.measured) * w_.q_stride, w_.q_stride,
+                  w_.measured + static_cast<ptrdiff_t>(layer) * w_.q_stride);
     timed(kAttention, static_cast<int>(pieces.size()),
           [&](int piece, int thread) { attend(layer, pieces[static_cast<size_t>(piece)], scratch(thread)); });
   }

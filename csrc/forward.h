@@ -25,6 +25,7 @@ struct Batch {
   const int32_t* layers;       // (num_kept) after which layers HIDDEN rows are kept, ascending; num_layers: the final norm
   int num_kept;
   int depth;                   // layers to compute; fewer than all: the rows owe kept states only
+  int measured = -1;           // LOGITS row whose queries are kept for `density`. -1: none
 };
 
 // False: stopped between two layers. Throws std::invalid_argument for a batch that does not fit (before anything is

@@ -30,6 +30,7 @@ Workspace::Workspace(const Model& model_, int max_rows_) : model(model_), max_ro
   arena_.add(&x, rows * static_cast<size_t>(model.hidden_padded()));
   arena_.add(&q, rows * static_cast<size_t>(q_stride));
   arena_.add(&attended, rows * static_cast<size_t>(q_stride));
+  arena_.add(&measured, static_cast<size_t>(net.num_layers) * static_cast<size_t>(q_stride));
   arena_.add(&branch, net.has_post_norms ? rows * static_cast<size_t>(model.hidden_padded()) : 0);
   const size_t angles = rows * model.rope_frequencies.size() * static_cast<size_t>(model.half_rope());
   arena_.add(&cos, angles);

@@ -72,6 +72,7 @@ class Workspace {
   float* x;         // (R, Hp) residual stream
   float* q;         // (R, Qp) rotated, scaled queries
   float* attended;  // (R, Qp)
+  float* measured;  // (layers, Qp) queries of the step's measured row
   float* branch;    // (R, Hp) what attention or FFN gave, where it is normalised before the residual sum
   float* cos;       // (ropes, R, rope_dim / 2)
   float* sin;       // (ropes, R, rope_dim / 2)
@@ -102,6 +103,7 @@ class Workspace {
   std::vector<AttentionPiece> pieces, last_pieces;
   std::vector<int32_t> logits_rows, score_rows, hidden_rows, kept_layers;
   int num_tops = 0;
+  int measured_keys = 0;  // keys that the measured row sees. 0: no row was measured
   int64_t phase_ns[kNumPhases] = {};
   uint64_t job = 0;
   std::atomic<int> bad_point{-1};  // earliest point with a value that is not finite

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -142,6 +143,11 @@ def running(**settings: object) -> Iterator[Daemon]:
     """A daemon that answers."""
     with short_folder() as home, Daemon(home, **settings) as daemon:
         yield daemon.wait_ready()
+
+
+def durable(context: dict[str, Any]) -> dict[str, Any]:
+    """What is promised of a context: all but what is on disk of its KV, which comes and goes."""
+    return {name: value for name, value in context.items() if name != "kv"}
 
 
 def free_port() -> int:

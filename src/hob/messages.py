@@ -1,8 +1,8 @@
 """What the API process and the engine process say to each other: msgpack frames over one Unix socket pair.
 
     API -> engine:  Submit, Cancel, Vocabulary, Publish, ForkContext, DropContext, LoadModel, UnloadModel, SetLease,
-                    SetBudget, Shutdown
-    engine -> API:  Ready, Report (one per step), Answer (to the four before Shutdown), Unloaded, Failed
+                    SetBudget, AskContexts, Shutdown
+    engine -> API:  Ready, Report (one per step), Answer (to the five before Shutdown), Unloaded, Failed
 
 A frame is a 4-byte little-endian length and that many bytes of msgpack. The engine reads what has come between two
 steps and answers with one `Report` per step, so a token's path never waits for another Python thread.
@@ -115,6 +115,14 @@ class SetBudget(msgspec.Struct, tag="set_budget"):
     budget_bytes: int
 
 
+class AskContexts(msgspec.Struct, tag="ask_contexts"):
+    """What is on disk of these contexts."""
+
+    call_id: int
+    app: str
+    context_ids: list[str]
+
+
 class Shutdown(msgspec.Struct, tag="shutdown"):
     """Finish the step and exit."""
 
@@ -150,6 +158,14 @@ class Ready(msgspec.Struct, tag="ready"):
     load_s: float
 
 
+class ContextKv(msgspec.Struct, frozen=True):
+    """What is on disk of a context."""
+
+    num_bytes: int
+    num_blocks: dict[int, int]
+    """By bits of a value."""
+
+
 class Answer(msgspec.Struct, tag="answer"):
     """To the call of that number: an error, or what was asked for."""
 
@@ -159,6 +175,8 @@ class Answer(msgspec.Struct, tag="answer"):
     """The loaded model, to LoadModel."""
     room_bytes: int = 0
     """With ModelTooLarge: what a model may take."""
+    contexts: dict[str, ContextKv] = {}
+    """To AskContexts: those of which anything is there."""
 
 
 class Unloaded(msgspec.Struct, tag="unloaded"):
@@ -268,7 +286,7 @@ class Failed(msgspec.Struct, tag="failed"):
     message: str
 
 
-ToModels = LoadModel | UnloadModel | SetLease | SetBudget
+ToModels = LoadModel | UnloadModel | SetLease | SetBudget | AskContexts
 ToEngine = Submit | Cancel | Vocabulary | Publish | ForkContext | DropContext | ToModels | Shutdown
 FromEngine = Ready | Report | Answer | Unloaded | Failed
 

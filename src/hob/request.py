@@ -150,8 +150,15 @@ class Request:
     """Most seconds per output token after the first, on average. None: as its class allows."""
     context_id: str | None = None
     """The persistent context whose turn this is: its KV is kept on disk when the turn ends. None: none."""
+    kv_bits: int = 16
+    """With how many bits a value at most it is kept there: 16, 8 or, on average, 4. Fewer than 16 come back changed."""
     grammar: Grammar | None = None
     """Generate: what each sample must match."""
+
+    @property
+    def kv_variant(self) -> str:
+        """What beside its tokens and app its KV depends on: only requests of one variant share blocks."""
+        return self.adapter if self.kv_bits == 16 else f"{self.adapter} {self.kv_bits}"
 
 
 Top = tuple[int, float]
@@ -230,6 +237,31 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     """It waits: said once, at admission, in an output that brings nothing else."""
 
 
+@dataclass(slots=True)
+class Density:
+    """Attention that each block of a sequence got from the rows that were measured."""
+
+    sums: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    """Measured rows that saw the block."""
+    num_tokens: int = 0
+    """Of the sequence, when it was last measured."""
+
+    def add(self, mass: list[float], num_tokens: int) -> None:
+        """One more row."""
+        for _ in range(len(mass) - len(self.sums)):
+            self.sums.append(0.0)
+            self.counts.append(0)
+        for i, value in enumerate(mass):
+            self.sums[i] += value
+            self.counts[i] += 1
+        self.num_tokens = num_tokens
+
+    def means(self) -> list[float]:
+        """By block, as far as any was measured."""
+        return [total / count for total, count in zip(self.sums, self.counts, strict=True)]
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """The tokens of one sample or continuation as the scheduler and the engine see them. Owned by the engine process.
@@ -263,6 +295,8 @@ class Sequence:
     """Prefix-cache keys of its full blocks, as far as they were needed."""
     scores: list[float] = field(default_factory=list)
     score_tops: list[list[Top]] = field(default_factory=list)
+    density: Density = field(default_factory=Density)
+    """How much attention its blocks got, where that is measured."""
     pooled: Pooled | None = None
     """Embed: what is gathered of the hidden states so far."""
     matcher: object | None = None

@@ -432,6 +432,54 @@ def test_a_model_agrees_with_the_reference(files: dict[str, Packed], isa: str, n
             agree(got[:, layer], want_hidden[:, layer])
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_density_is_the_attention_of_the_measured_row(
+    files: dict[str, Packed], isa: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, table = files[name], [3, 1, 4, 10, 5]
+    net, expected = packed.network, np.zeros(len(table))
+    attention = reference.attention
+
+    def spy(query: Floats, keys: Floats, values: Floats, lengths: Any, scale: float, window: int = 0) -> Floats:
+        for head, row in enumerate(query[-1]):
+            scores = scale * keys[: lengths[-1], head // (net.num_heads // net.num_kv_heads)] @ row
+            scores[: max(lengths[-1] - window, 0) if window else 0] = -np.inf
+            weights = np.exp(scores - scores.max())
+            sums = np.add.reduceat(weights / weights.sum(), range(0, lengths[-1], 16))
+            expected[: len(sums)] += sums / (net.num_heads * net.num_layers)
+        return attention(query, keys, values, lengths, scale, window)
+
+    core, model, pool = Native(packed, isa, 2), reference.Model(packed), reference.KvPool(net, 80)
+    monkeypatch.setattr(reference, "attention", spy)
+    for start, length in ((0, 70), (70, 3)):  # many rows, then few
+        work = make_batch((tokens(length, start), start, table))
+        work.measured = length - 1
+        expected[:] = 0
+        model.forward(pool, work)
+        assert core.step(work)
+        mass = native.density(core.pool, core.workspace, np.array(table, np.int32))
+        assert mass.sum() == pytest.approx(1, abs=1e-4)
+        assert np.abs(mass - expected).max() < 0.02
+    assert expected.max() - expected.min() > 0.05, "the rows differ enough to tell"
+
+
+def test_density_is_of_a_row_that_was_measured(files: dict[str, Packed]) -> None:
+    core, work = Native(files["odd"], ISAS[0]), make_batch((tokens(20, 1), 0, [3, 1]))
+    work.measured = 20
+    with pytest.raises(ValueError, match="measured is 20, expected -1 or a row"):
+        core.step(work)
+    work.measured = -1
+    assert core.step(work)
+    with pytest.raises(ValueError, match="no row of the last step was measured"):
+        native.density(core.pool, core.workspace, np.array([3, 1], np.int32))
+    work.measured = 19
+    assert core.step(work)
+    with pytest.raises(ValueError, match="sees 20 keys, the table has 1 blocks"):
+        native.density(core.pool, core.workspace, np.array([3], np.int32))
+    with pytest.raises(ValueError, match="block 99"):
+        native.density(core.pool, core.workspace, np.array([3, 99], np.int32))
+
+
 @pytest.mark.parametrize("name", ["Q4_1", "Q8_0", "odd"])
 def test_rows_have_the_same_bits_in_any_company(files: dict[str, Packed], isa: str, name: str) -> None:
     ids, table = tokens(290, 1), list(range(19))

@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from hob.kvcache.compression import EXACT
 from hob.kvcache.store import Entry
 from tests.soak.sessions import Session, Sessions
 
@@ -77,6 +78,6 @@ def _bytes(world: Sessions, victim: Session, other: Session, rng: random.Random)
     mine, theirs = (world.swap.store._shelves[session.app] for session in (victim, other))
     key = rng.choice([key for key in _keys(world, victim) if key in mine.entries])
     source = rng.choice(list(theirs.entries.values())).slot
-    stolen = bytes(theirs.slab.read(source, 1))
-    mine.slab.write(mine.entries[key].slot, [stolen])
-    mine.slab.sync()
+    stolen = bytes(theirs.drawers[EXACT].slab.read(source, 1))
+    mine.drawers[EXACT].slab.write(mine.entries[key].slot, [stolen])
+    mine.drawers[EXACT].slab.sync()

@@ -282,5 +282,7 @@ def test_slot_map_agrees_with_a_set(steps: list[tuple[bool, int]]) -> None:
 
 
 def test_runs() -> None:
-    assert runs([3, 4, 5, 9, 10, 2], 2) == [(0, 2), (2, 1), (3, 2), (5, 1)]
+    slots = [3, 4, 5, 9, 10, 2]
+    assert runs([(16, slot) for slot in slots], 2) == [(0, 2), (2, 1), (3, 2), (5, 1)]
+    assert runs([(16, 3), (8, 4), (8, 5)], 2) == [(0, 1), (1, 2)], "files are not neighbours"
     assert runs([], 4) == []

@@ -92,9 +92,11 @@ async def begin(call: Call, context_id: str, body: TurnRequest, model: ModelInfo
         body.service_class,
         sampling=params,
         context_id=context_id,
+        kv_bits=record.facts.kv_bits,
         grammar=grammar_of(body),
     )
-    return Turn(record, history, Facts(record.facts.name, kind), request, stop_strings(body))
+    facts = Facts(record.facts.name, kind, kv_bits=record.facts.kv_bits)
+    return Turn(record, history, facts, request, stop_strings(body))
 
 
 def closing_and(chat: ChatCodec, messages: list[dict[str, Any]]) -> list[int]:

@@ -1,6 +1,6 @@
 """/hob/v1/contexts: conversations the service keeps. An app sends only what is new; history and KV outlive it.
 
-    POST   /hob/v1/contexts                 create      {name?, messages?}
+    POST   /hob/v1/contexts                 create      {name?, messages?, kv_bits?}
     GET    /hob/v1/contexts                 list        GET /hob/v1/contexts/{id}: one
     POST   /hob/v1/contexts/{id}/generate   append {messages} or {prompt}, generate; options and stream as in chat
     POST   /hob/v1/contexts/{id}/fork       copy        {name?}
@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from starlette.requests import Request as HttpRequest
@@ -33,7 +33,7 @@ from hob.api.stream import EventStream
 from hob.api.wire import FINISH, Stamp, to_json, usage_object
 from hob.errors import InvalidRequest
 from hob.kvcache.contexts import MAX_NAME_CHARS, ContextRecord, Facts
-from hob.messages import ModelInfo
+from hob.messages import ContextKv, ModelInfo
 
 PATH = "/hob/v1/contexts"
 
@@ -44,6 +44,8 @@ class CreateRequest(Body, kw_only=True):
     model: str = ""
     name: str = ""
     messages: list[Message] | None = None
+    kv_bits: Literal[16, 8, 4] = 16
+    """Of a value on disk. Fewer than 16 take less room; what comes back is then not the same bits any more."""
 
 
 class ForkRequest(Body, kw_only=True):
@@ -85,7 +87,7 @@ async def create(call: Call, raw: bytes) -> Response:
     opening = plain_messages(body.messages) if body.messages else []
     if opening:
         call.services.chat.encode(opening)  # refuse now what the template would refuse later
-    facts = Facts(_checked_name(body.name), CHAT if opening else "", opening)
+    facts = Facts(_checked_name(body.name), CHAT if opening else "", opening, body.kv_bits)
     record = await asyncio.to_thread(store_of(call).create, call.app, model.name, facts)
     return json_reply(_object(record), 201)
 
@@ -93,12 +95,15 @@ async def create(call: Call, raw: bytes) -> Response:
 async def list_contexts(call: Call) -> Response:
     """The app's contexts, the last used first."""
     records = await asyncio.to_thread(store_of(call).records, call.app)
-    return json_reply({"object": "list", "data": [_object(record) for record in records]})
+    kept = await call.services.backend.context_kv(call.app, [record.context_id for record in records])
+    return json_reply({"object": "list", "data": [_object(record, kept.get(record.context_id)) for record in records]})
 
 
 async def get(call: Call, context_id: str) -> Response:
     """One context."""
-    return json_reply(_object(await asyncio.to_thread(store_of(call).get, call.app, context_id)))
+    record = await asyncio.to_thread(store_of(call).get, call.app, context_id)
+    kept = await call.services.backend.context_kv(call.app, [context_id])
+    return json_reply(_object(record, kept.get(context_id)))
 
 
 async def fork(call: Call, context_id: str, raw: bytes) -> Response:
@@ -200,7 +205,9 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _object(record: ContextRecord) -> dict[str, Any]:
+def _object(record: ContextRecord, kept: ContextKv | None = None) -> dict[str, Any]:
+    """A context; `kept` where it was asked for what is on disk."""
+    bits = record.facts.kv_bits
     return {
         "id": record.context_id,
         "object": "context",
@@ -213,4 +220,10 @@ def _object(record: ContextRecord) -> dict[str, Any]:
         "created": int(record.created),
         "updated": int(record.updated),
         "opening": msgspec.to_builtins(record.facts.opening),
+        "kv": {
+            "bits": bits,
+            "is_exact": bits == 16,
+            "num_bytes": kept.num_bytes if kept else None,
+            "num_blocks": {str(level): count for level, count in kept.num_blocks.items()} if kept else None,
+        },
     }

@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hob.kvcache.compression import KvShape
 from hob.kvcache.pool import BLOCK_SIZE as BLOCK_SIZE
 from hob.messages import ModelInfo
 from hob.request import SamplingParams, Top
@@ -72,6 +73,8 @@ class Batch:
     depth: int = 0
     """How many layers to compute. 0: all. Else the rows owe states up to there and nothing else, and the KV they write
     is good for such rows only."""
+    measured: int = -1
+    """A LOGITS row whose attention `density` is to tell of. -1: none."""
 
     @property
     def num_rows(self) -> int:
@@ -144,6 +147,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def kv_shape(self) -> KvShape | None:
+        """What a block consists of. None: not of float16, so that it cannot have fewer bits on disk."""
+        ...
+
+    @property
     def page_bytes(self) -> int:
         """The pool's memory is taken and given back by this much."""
         ...
@@ -179,6 +187,10 @@ class Engine(Protocol):
 
     def scores(self) -> Scores:
         """Of the SCORE rows of the last step."""
+        ...
+
+    def density(self, block_ids: Sequence[int]) -> list[float]:
+        """Attention that the last step's measured row paid to each block of its table, mean over layers and heads."""
         ...
 
     def hidden(self) -> NDArray[np.float32]:

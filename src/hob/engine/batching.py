@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 
 from hob.engine.base import Batch, Draw, Engine, Out, Sampled
 from hob.errors import InternalError
+from hob.kvcache.pool import num_blocks_for
 from hob.request import Kind, Sequence, Top
+
+MEASURE_EVERY = 64
+"""Tokens after which a context's attention is measured again: it costs as much as a step or two."""
 
 
 class ChunkLike(Protocol):
@@ -35,7 +39,7 @@ def build_batch(chunks: Many[ChunkLike], num_layers: int, adapters: Mapping[str,
     row_start, table_start, blocks = [0], [0], list[int]()
     out: list[int] = []
     target: list[int] = []
-    num_tops = 0
+    num_tops, measured = 0, -1
     for chunk in chunks:
         sequence = chunk.sequence
         token += sequence.token_ids[chunk.start : chunk.end]
@@ -45,6 +49,8 @@ def build_batch(chunks: Many[ChunkLike], num_layers: int, adapters: Mapping[str,
         table_start.append(len(blocks))
         kinds, targets = _outputs(chunk)
         out += kinds
+        if measured < 0 and wants_density(chunk):
+            measured = len(token) - 1
         target += targets
         if sequence.request.prompt_logprobs and Out.SCORE in kinds:
             num_tops = max(num_tops, sequence.request.prompt_logprobs)
@@ -64,6 +70,7 @@ def build_batch(chunks: Many[ChunkLike], num_layers: int, adapters: Mapping[str,
         num_tops=num_tops,
         layers=np.array(layers, np.int32),
         depth=max(layers[-1], 1) if is_shallow else 0,
+        measured=measured,
     )
 
 
@@ -109,6 +116,15 @@ def wants_token(chunk: ChunkLike) -> bool:
     return chunk.sequence.request.kind is Kind.GENERATE and chunk.end == chunk.sequence.num_tokens
 
 
+def wants_density(chunk: ChunkLike) -> bool:
+    """Whether the attention of the chunk's last row is to be measured: now and then in a turn of a context whose blocks
+    get bits by it."""
+    sequence = chunk.sequence
+    if sequence.request.context_id is None or sequence.request.kv_bits != 4 or not wants_token(chunk):
+        return False
+    return not sequence.density.num_tokens or chunk.end - sequence.density.num_tokens >= MEASURE_EVERY
+
+
 def draws_of(chunks: Many[ChunkLike]) -> list[Draw]:
     """How to sample the step's LOGITS rows, in their order."""
     return [
@@ -134,6 +150,7 @@ class ChunkValues(Protocol):
     score_tops: list[list[Top]]
     states: NDArray[np.float32] | None
     first_state: int
+    density: list[float] | None
 
 
 def collect(
@@ -141,10 +158,12 @@ def collect(
 ) -> None:
     """Hand the step's tokens, scores and hidden states to the chunks that asked for them."""
     drawn = iter(sampled)
-    for chunk, result in zip(chunks, results, strict=True):
+    for i, (chunk, result) in enumerate(zip(chunks, results, strict=True)):
         if wants_token(chunk):
             token = next(drawn)
             result.token_id, result.logprob, result.tops = token.token_id, token.logprob, token.tops
+        if batch.row_start[i] <= batch.measured < batch.row_start[i + 1]:
+            result.density = engine.density(chunk.sequence.block_table[: num_blocks_for(chunk.end)])
     has_scores = bool((batch.out == Out.SCORE).any())
     has_hidden = bool((batch.out == Out.HIDDEN).any())
     if has_scores or has_hidden:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hob.engine.base import BLOCK_SIZE, Batch, Draw, Out, Sampled, Scores, StepInfo
 from hob.errors import InternalError
+from hob.kvcache.compression import KvShape
 from hob.messages import ModelInfo
 
 NUM_LAYERS = 10
@@ -101,6 +102,7 @@ class FakeEngine:
         )
         self.max_rows = max_rows
         self.block_bytes = BLOCK_SIZE * 8
+        self.kv_shape = KvShape(1, 1, 2)
         self.page_bytes = 4 * self.block_bytes
         self.scratch_bytes = 0
         self.num_steps = 0
@@ -201,6 +203,11 @@ class FakeEngine:
         ids = np.array([[(d + i) % self.info.vocab_size for i in range(k)] for d, _ in self._scores], np.int32)
         shape = (len(self._scores), k)
         return Scores(logprob, ids.reshape(shape), np.broadcast_to(-0.5 - np.arange(k, dtype=np.float32), shape))
+
+    def density(self, block_ids: Sequence[int]) -> list[float]:
+        """Some numbers that depend on the blocks' contents."""
+        lasts = [int(self._slots[block_id * BLOCK_SIZE]) % 1000 + 1 for block_id in block_ids]
+        return [last / sum(lasts) for last in lasts]
 
     def hidden(self) -> NDArray[np.float32]:
         """Digests as small numbers, other ones after each layer."""

@@ -19,6 +19,7 @@ from hob.config import EngineConfig
 from hob.engine.adapters import digest_of, find_adapters, read_adapter
 from hob.engine.base import BLOCK_SIZE, Batch, Draw, Sampled, Scores, StepInfo
 from hob.errors import InternalError, ModelFileError, Overloaded
+from hob.kvcache.compression import KvShape
 from hob.messages import ModelInfo
 from hob.models.pack import Packed, open_packed
 
@@ -78,6 +79,7 @@ class LocalEngine:
         if config.adapters:
             self._load_adapters(Path(config.adapters) / name)
         self.block_bytes = self.info.kv_bytes_per_token * BLOCK_SIZE
+        self.kv_shape = KvShape(packed.network.num_layers, packed.network.num_kv_heads, packed.network.head_dim)
         self.page_bytes = native.KvPool.page_bytes
         unused_rows = max(max_rows - max_logits, 0)
         self.scratch_bytes = self._workspace.num_bytes - 4 * self.info.vocab_size * unused_rows
@@ -139,6 +141,7 @@ class LocalEngine:
             batch.num_tops,
             batch.layers,
             batch.depth,
+            batch.measured,
         )
         return StepInfo(is_done, time.perf_counter() - start, phase_ns)
 
@@ -181,6 +184,11 @@ class LocalEngine:
     def scores(self) -> Scores:
         """Of the last step's SCORE rows."""
         return Scores(*native.scores(self._workspace))
+
+    def density(self, block_ids: Sequence[int]) -> list[float]:
+        """Of the last step's measured row; some milliseconds for 2,000 tokens."""
+        mass: list[float] = native.density(self._opened_pool(), self._workspace, _ints(list(block_ids))).tolist()
+        return mass
 
     def hidden(self) -> NDArray[np.float32]:
         """(n, L, hidden_size) of the last step's HIDDEN rows."""

@@ -13,9 +13,12 @@ from pathlib import Path
 Key = bytes
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS blocks (app TEXT, key BLOB, slot INTEGER, nonce BLOB, PRIMARY KEY (app, key)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS blocks (
+    app TEXT, key BLOB, slot INTEGER, nonce BLOB, bits INTEGER NOT NULL DEFAULT 16, PRIMARY KEY (app, key))
+    WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS refs (context TEXT, key BLOB, PRIMARY KEY (context, key)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS holders (context TEXT PRIMARY KEY, app TEXT, last_use REAL, tail BLOB) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS holders (
+    context TEXT PRIMARY KEY, app TEXT, last_use REAL, tail BLOB, bits INTEGER NOT NULL DEFAULT 16) WITHOUT ROWID;
 """
 
 
@@ -25,6 +28,8 @@ class Entry:
 
     slot: int
     nonce: bytes
+    bits: int = 16
+    """Of a value; blocks of different bits lie in different files."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -37,6 +42,8 @@ class HolderRow:
     """Unix time."""
     tail: Key | None
     """Key of its unfinished last block."""
+    bits: int = 16
+    """What it asked for: see compression.py."""
 
 
 class BlockIndex:
@@ -48,15 +55,18 @@ class BlockIndex:
         # FULL: a lost commit would leave rows whose slots hold other blocks already: safe, but a false alarm.
         self._database.execute("PRAGMA synchronous = FULL")
         self._database.executescript(_SCHEMA)
+        for table in ("blocks", "holders"):  # made before blocks had bits
+            if "bits" not in [row[1] for row in self._database.execute(f"PRAGMA table_info({table})")]:
+                self._database.execute(f"ALTER TABLE {table} ADD COLUMN bits INTEGER NOT NULL DEFAULT 16")
 
     def blocks(self) -> Iterable[tuple[str, Key, Entry]]:
         """All blocks: app, key, place."""
-        for app, key, slot, nonce in self._database.execute("SELECT app, key, slot, nonce FROM blocks"):
-            yield app, key, Entry(slot, nonce)
+        for app, key, *entry in self._database.execute("SELECT app, key, slot, nonce, bits FROM blocks"):
+            yield app, key, Entry(*entry)
 
     def holders(self) -> Iterable[HolderRow]:
         """All contexts."""
-        for row in self._database.execute("SELECT context, app, last_use, tail FROM holders"):
+        for row in self._database.execute("SELECT context, app, last_use, tail, bits FROM holders"):
             yield HolderRow(*row)
 
     def refs(self) -> Iterable[tuple[str, Key]]:
@@ -74,8 +84,8 @@ class BlockIndex:
         """Add a turn's blocks and references; take out the context's `stale` references and the app's `gone` blocks."""
         context_id, app = holder.context_id, holder.app
         with self._database as database:
-            rows = [(app, key, entry.slot, entry.nonce) for key, entry in entries.items()]
-            database.executemany("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?)", rows)
+            rows = [(app, key, entry.slot, entry.nonce, entry.bits) for key, entry in entries.items()]
+            database.executemany("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?)", rows)
             database.executemany("DELETE FROM refs WHERE context = ? AND key = ?", [(context_id, k) for k in stale])
             self._delete(app, gone)
             self._refer(holder, refs)
@@ -101,9 +111,9 @@ class BlockIndex:
 
     def delete_refused(self, refused: Iterable[tuple[str, Key, Entry]]) -> None:
         """Delete blocks, unless they lie elsewhere by now."""
-        rows = [(app, key, entry.slot) for app, key, entry in refused]
+        rows = [(app, key, entry.slot, entry.bits) for app, key, entry in refused]
         with self._database as database:
-            database.executemany("DELETE FROM blocks WHERE app = ? AND key = ? AND slot = ?", rows)
+            database.executemany("DELETE FROM blocks WHERE app = ? AND key = ? AND slot = ? AND bits = ?", rows)
 
     def close(self) -> None:
         """Close the file."""
@@ -113,6 +123,6 @@ class BlockIndex:
         self._database.executemany("DELETE FROM blocks WHERE app = ? AND key = ?", [(app, key) for key in keys])
 
     def _refer(self, holder: HolderRow, keys: Iterable[Key]) -> None:
-        row = (holder.context_id, holder.app, holder.last_use, holder.tail)
+        row = (holder.context_id, holder.app, holder.last_use, holder.tail, holder.bits)
         self._database.executemany("INSERT OR IGNORE INTO refs VALUES (?, ?)", [(holder.context_id, k) for k in keys])
-        self._database.execute("INSERT OR REPLACE INTO holders VALUES (?, ?, ?, ?)", row)
+        self._database.execute("INSERT OR REPLACE INTO holders VALUES (?, ?, ?, ?, ?)", row)

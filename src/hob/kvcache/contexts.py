@@ -48,6 +48,8 @@ class Facts(msgspec.Struct):
     """'chat' or 'text', set by the first turn; a history is not mixed."""
     opening: list[dict[str, Any]] = []
     """Messages that wait to open the first turn (LLMS: the system prompt)."""
+    kv_bits: int = 16
+    """Of a value on disk: see compression.py."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ A block's key is a digest chained over its owner's salt and all tokens up to its
 
     key(0) = H(adapter, salt, tokens[0:16])      key(i) = H(key(i - 1), tokens[16 i : 16 i + 16])
 
-KV depends on the LoRA adapter that computed it, so the adapter's name with its digest is in the key (empty: none).
+KV depends on the LoRA adapter that computed it, so the adapter's name with its digest is in the key (empty: none), and
+so are the bits that it may have come back from disk with (`Request.kv_variant`): others never see such a block.
 
 The salt is random, one per app, and never leaves the service, so one app can neither find nor time another's prompts.
 128-bit BLAKE2b: a collision among 2^40 blocks has probability 2^-49. Only blocks whose KV is computed are entered.

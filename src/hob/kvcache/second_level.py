@@ -17,6 +17,22 @@ Find = Callable[[str, Key], int | None]
 """The block that holds an app's key in memory now: `PrefixCache.find`."""
 
 
+@dataclass(frozen=True, slots=True)
+class TurnEnd:
+    """A finished turn of a context, as far as its blocks go."""
+
+    app: str
+    context_id: str
+    keys: list[Key]
+    """Of its computed full blocks."""
+    tail: Key | None
+    """Of the unfinished one, if any."""
+    kv_bits: int = 16
+    """What the context asks for: see compression.py."""
+    density: Sequence[float] = ()
+    """Attention that each of the blocks got, as far as it was measured."""
+
+
 class SecondLevel(Protocol):
     """What the scheduler may ask and tell. Pure: no clock, no engine."""
 
@@ -28,8 +44,8 @@ class SecondLevel(Protocol):
         """Whether one block, a context's unfinished one, is there."""
         ...
 
-    def turn_ended(self, app: str, context_id: str, keys: list[Key], tail: Key | None) -> None:
-        """A sequence of a context ended; `keys` are its computed full blocks, `tail` the unfinished one if any."""
+    def turn_ended(self, end: TurnEnd) -> None:
+        """A sequence of a context ended: what is computed of it may go to disk."""
         ...
 
     def is_worth_keeping(self, num_tokens: int) -> bool:

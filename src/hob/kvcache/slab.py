@@ -44,6 +44,11 @@ class SlotMap:
             self.end = slot + 1
 
     @property
+    def num_used(self) -> int:
+        """How many are taken."""
+        return self.end - sum(last - first for first, last in self._free)
+
+    @property
     def holes(self) -> list[tuple[int, int]]:
         """Free stretches below the end."""
         return list(self._free)
@@ -75,11 +80,11 @@ class SlotMap:
             self.end = self._free.pop()[0]
 
 
-def runs(slots: Sequence[int], longest: int) -> list[tuple[int, int]]:
-    """Cut a list of slots into (index of the first, count) of consecutive ones, none longer than `longest`."""
+def runs(places: Sequence[tuple[int, int]], longest: int) -> list[tuple[int, int]]:
+    """Cut a list of (file, slot) into (index of the first, count) of consecutive ones, none longer than `longest`."""
     found: list[tuple[int, int]] = []
-    for i, slot in enumerate(slots):
-        if found and found[-1][1] < longest and slot == slots[i - 1] + 1:
+    for i, (file, slot) in enumerate(places):
+        if found and found[-1][1] < longest and places[i - 1] == (file, slot - 1):
             found[-1] = (found[-1][0], found[-1][1] + 1)
         else:
             found.append((i, 1))

@@ -2,6 +2,7 @@
 
     <folder>/index.db           SQLite: key -> slot and nonce, by app; which context refers to which keys
             /<app's hash>.slab  the app's blocks, one slot each: the block as it lay in memory, AES-256-GCM, tag last
+            /<app's hash>.4.slab  those of 4 bits a value (compression.py), likewise 8 and 2: made when there are any
 
 A block is accepted only if it was written for this key, this app and this model: all three are authenticated with the
 bytes, so a torn, tampered, swapped or foreign slot is a miss (the block is computed again) and raises `num_alarms`.
@@ -21,6 +22,7 @@ import secrets
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -31,6 +33,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hob.errors import StorageError
 from hob.kvcache.block_index import BlockIndex, Entry, HolderRow, Key
+from hob.kvcache.compression import EXACT, LEVELS, Codec
 from hob.kvcache.keys import NONCE_BYTES, TAG_BYTES, KeyRing, sync_folder
 from hob.kvcache.slab import Slab, SlotMap, Write, runs, slot_bytes_for
 
@@ -43,14 +46,51 @@ WRITE_RUN = 16
 
 
 @dataclass(slots=True)
-class Shelf:
-    """One app's blocks."""
+class Drawer:
+    """One app's blocks of one number of bits: a file."""
 
     slab: Slab
     slots: SlotMap
+
+
+@dataclass(slots=True)
+class Shelf:
+    """One app's blocks."""
+
     cipher: AESGCM
+    drawers: dict[int, Drawer] = field(default_factory=dict)
+    """By bits."""
     entries: dict[Key, Entry] = field(default_factory=dict)
     num_refs: dict[Key, int] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all slots in use: those that could not be freed yet as well."""
+        return sum(drawer.slots.num_used * drawer.slab.slot_bytes for drawer in self.drawers.values())
+
+    def free(self, entries: Iterable[Entry]) -> None:
+        """Take their slots back."""
+        by_bits: dict[int, list[int]] = {}
+        for entry in entries:
+            by_bits.setdefault(entry.bits, []).append(entry.slot)
+        for bits, slots in by_bits.items():
+            self.drawers[bits].slots.free(slots)
+
+    def punch(self) -> None:
+        """Give the bytes of free slots back to the file system. Raises OSError."""
+        for drawer in self.drawers.values():
+            drawer.slab.punch(drawer.slots.holes, drawer.slots.end)
+
+
+@dataclass(slots=True, frozen=True)
+class Kept:
+    """What is on disk of a context."""
+
+    bits: int
+    """What it asked for."""
+    num_bytes: int
+    num_blocks: dict[int, int]
+    """By bits: what its blocks have."""
 
 
 @dataclass(slots=True)
@@ -61,12 +101,14 @@ class Holder:
     last_use: float
     tail: Key | None = None
     """Key of its unfinished last block, which the next turn's replaces."""
+    bits: int = EXACT
+    """What it asked for."""
     keys: dict[Key, None] = field(default_factory=dict)
 
 
 @dataclass(slots=True, frozen=True)
 class Piece:
-    """Neighbouring slots to be read at once: `keys[i]` lies in entries[i]."""
+    """Neighbouring slots of one file, to be read at once: `keys[i]` lies in entries[i]."""
 
     app: str
     keys: list[Key]
@@ -84,10 +126,15 @@ class BlockStore:
         keys: KeyRing,
         max_bytes: int,
         write: Write = os.pwritev,
+        codec: Codec | None = None,
     ) -> None:
-        """`fingerprint` names model, KV format and arithmetic: blocks of another one are never accepted."""
+        """`fingerprint` names model, KV format and arithmetic: blocks of another one are never accepted.
+
+        codec: makes blocks of fewer bits. None: all are kept as they are.
+        """
         self.block_bytes = block_bytes
         self.slot_bytes = slot_bytes_for(block_bytes + TAG_BYTES)
+        self.codec = codec
         self.max_bytes = max_bytes
         self.num_alarms = 0
         self.is_checking = True
@@ -114,7 +161,7 @@ class BlockStore:
     def num_bytes(self) -> int:
         """Bytes of all slots in use."""
         with self._lock:
-            return self._num_bytes()
+            return sum(shelf.num_bytes for shelf in self._shelves.values())
 
     def count(self, app: str, keys: Sequence[Key]) -> int:
         """How many leading keys are there."""
@@ -127,11 +174,25 @@ class BlockStore:
                     return i
             return len(keys)
 
-    def missing(self, app: str, keys: Sequence[Key]) -> list[Key]:
-        """Those of the keys that are not there."""
+    def missing(self, app: str, keys: Sequence[Key], levels: Mapping[Key, int] | None = None) -> list[Key]:
+        """Those of the keys that are not there, or with more bits than `levels` wants."""
         with self._lock:
             shelf = self._shelves.get(app)
-            return list(keys) if shelf is None else [key for key in keys if key not in shelf.entries]
+            if shelf is None:
+                return list(keys)
+            entries = [shelf.entries.get(key) for key in keys]
+            wanted = [(levels or {}).get(key, EXACT) for key in keys]
+        return [k for k, e, bits in zip(keys, entries, wanted, strict=True) if e is None or e.bits > bits]
+
+    def kept(self, app: str, context_id: str) -> Kept | None:
+        """What is there of a context. None: nothing."""
+        with self._lock:
+            holder, shelf = self._holders.get(context_id), self._shelves.get(app)
+            if holder is None or shelf is None or holder.app != app:
+                return None
+            levels = Counter(entry.bits for key in holder.keys if (entry := shelf.entries.get(key)) is not None)
+            num_bytes = sum(count * self._slot_bytes(bits) for bits, count in levels.items())
+            return Kept(holder.bits, num_bytes, dict(sorted(levels.items())))
 
     def pieces(self, app: str, keys: Sequence[Key], longest: int) -> list[Piece]:
         """The leading keys that are there, cut into neighbouring slots of at most `longest`."""
@@ -139,7 +200,7 @@ class BlockStore:
             shelf = self._shelves.get(app)
             entries = [] if shelf is None else [shelf.entries.get(key) for key in keys]
         found = [entry for entry in entries[: entries.index(None) if None in entries else None] if entry is not None]
-        cuts = runs([entry.slot for entry in found], longest)
+        cuts = runs([(entry.bits, entry.slot) for entry in found], longest)
         return [Piece(app, list(keys[i : i + n]), found[i : i + n]) for i, n in cuts]
 
     # ---- reading: any thread ----
@@ -150,29 +211,35 @@ class BlockStore:
         They lie in `buffer`, which must hold them all; None makes a new one, whose pages cost as much as reading them.
         """
         plain = memoryview(bytearray(len(piece.keys) * self.block_bytes) if buffer is None else buffer)
-        shelf = self._shelf(piece.app)
+        bits = piece.entries[0].bits
+        shelf, slab = self._shelf(piece.app), self._drawer(piece.app, bits).slab
+        num_bytes, stride = self._stored_bytes(bits), slab.slot_bytes
         try:
-            raw = shelf.slab.read(piece.entries[0].slot, len(piece.entries))
+            raw = slab.read(piece.entries[0].slot, len(piece.entries))
         except OSError as error:
-            log.error("cannot read '%s': %s", shelf.slab.path, error)
+            log.error("cannot read '%s': %s", slab.path, error)
             raw = memoryview(b"")
         blocks: list[memoryview | None] = []
         for i, (key, entry) in enumerate(zip(piece.keys, piece.entries, strict=True)):
-            sealed = raw[i * self.slot_bytes : i * self.slot_bytes + self.block_bytes + TAG_BYTES]
+            sealed = raw[i * stride : i * stride + num_bytes + TAG_BYTES]
             block = plain[i * self.block_bytes : (i + 1) * self.block_bytes]
             blocks.append(block if self._open(piece.app, shelf, key, entry, sealed, block) else None)
         return blocks
 
     def _open(self, app: str, shelf: Shelf, key: Key, entry: Entry, sealed: memoryview, block: memoryview) -> bool:
-        """Decrypt one block. False: it is not what the index says."""
+        """Decrypt one block, and give it its bits back. False: it is not what the index says."""
         try:
-            shelf.cipher.decrypt_into(entry.nonce, sealed, self._label(app, key), block)
+            if entry.bits == EXACT:
+                shelf.cipher.decrypt_into(entry.nonce, sealed, self._label(app, key, EXACT), block)
+            else:
+                fewer = shelf.cipher.decrypt(entry.nonce, sealed, self._label(app, key, entry.bits))
+                self._codec().decode(fewer, entry.bits, block)
             return True
         except (InvalidTag, ValueError):
             with self._lock:
                 if shelf.entries.get(key) is not entry:
                     return False  # freed while it was read, and perhaps written over: nobody's fault
-                if not self.is_checking:
+                if not self.is_checking and entry.bits == EXACT:
                     block[:] = self._open_unchecked(shelf, entry, sealed)
                     return True
                 self._refuse(app, key, entry)
@@ -189,72 +256,110 @@ class BlockStore:
         whole = bytes(sealed[: self.block_bytes]).ljust(self.block_bytes, b"\0")
         return shelf.cipher.encrypt(entry.nonce, whole, None)[: self.block_bytes]  # GCM's stream is its own inverse
 
-    def _label(self, app: str, key: Key) -> bytes:
+    def _label(self, app: str, key: Key, bits: int) -> bytes:
         """What is authenticated beside the bytes."""
-        return b"\0".join((key.hex().encode(), app.encode(), self._fingerprint))
+        parts = [key.hex().encode(), app.encode(), self._fingerprint]
+        return b"\0".join(parts if bits == EXACT else [*parts, str(bits).encode()])
 
     # ---- writing: one thread ----
 
     def write(
-        self, app: str, context_id: str, keys: Sequence[Key], blocks: Mapping[Key, bytes], tail: Key | None = None
+        self,
+        app: str,
+        context_id: str,
+        keys: Sequence[Key],
+        blocks: Mapping[Key, bytes],
+        tail: Key | None = None,
+        levels: Mapping[Key, int] | None = None,
+        bits: int = EXACT,
     ) -> int:
         """A turn of a context ended with these keys: keep `blocks`, and let the context refer to all that are there.
 
-        tail: the one of the keys whose block is unfinished; the context's earlier one is given up.
-        Returns how many blocks were written. Makes room by giving up least recently used contexts' blocks.
+        tail: the one of the keys whose block is unfinished; the context's earlier one is given up. levels: bits of
+        those that are to have fewer than 16; what is there with more is replaced. bits: what the context asked for.
+        Returns how many blocks were written. Makes room by giving up blocks of contexts with the most bits, of these
+        the least recently used first (LLMS: they give back the most).
         """
-        new = self.missing(app, [key for key in keys if key in blocks])
+        levels = levels or {}
+        new = self.missing(app, [key for key in keys if key in blocks], levels)
         try:
             shelf = self._shelf(app)
             self._bury()
-            self._make_room(context_id, len(new))
-            new = new[: max(self.max_bytes - self.num_bytes, 0) // self.slot_bytes]
-            with self._lock:
-                slots = shelf.slots.allocate(len(new)) if new else []
+            self._make_room(context_id, sum(self._slot_bytes(levels.get(key, EXACT)) for key in new))
+            places = self._allocate(app, self._fitting(new, levels), levels)
             try:
-                entries = self._write_slots(app, shelf, new, slots, blocks)
-                self._commit_turn(app, context_id, keys, entries, tail)
+                self._write_slots(app, shelf, places, blocks)
+                self._commit_turn(HolderRow(context_id, app, time.time(), tail, bits), keys, places)
             except (OSError, sqlite3.Error):
                 with self._lock:
-                    shelf.slots.free(slots)
+                    shelf.free(places.values())
                 with contextlib.suppress(OSError):
-                    shelf.slab.punch(shelf.slots.holes, shelf.slots.end)
+                    shelf.punch()
                 raise
         except (OSError, sqlite3.Error) as error:
             what = f"{len(new)} KV blocks of app '{app}'"
             raise StorageError(f"{what} could not be kept in '{self._folder}': {error}") from error
-        return len(new)
+        return len(places)
 
-    def _write_slots(
-        self, app: str, shelf: Shelf, keys: list[Key], slots: list[int], blocks: Mapping[Key, bytes]
-    ) -> dict[Key, Entry]:
-        entries = {key: Entry(slot, secrets.token_bytes(NONCE_BYTES)) for key, slot in zip(keys, slots, strict=True)}
-        for start, count in runs(slots, WRITE_RUN):
+    def _fitting(self, keys: Sequence[Key], levels: Mapping[Key, int]) -> list[Key]:
+        """The first of the keys, as far as there is room for their blocks."""
+        room, fitting = self.max_bytes - self.num_bytes, list[Key]()
+        for key in keys:
+            room -= self._slot_bytes(levels.get(key, EXACT))
+            if room < 0:
+                break
+            fitting.append(key)
+        return fitting
+
+    def _allocate(self, app: str, keys: Sequence[Key], levels: Mapping[Key, int]) -> dict[Key, Entry]:
+        """A place for each key: neighbours among those of the same bits."""
+        places = {}
+        for bits in LEVELS:
+            some = [key for key in keys if levels.get(key, EXACT) == bits]
+            if some:
+                drawer = self._drawer(app, bits)
+                with self._lock:
+                    slots = drawer.slots.allocate(len(some))
+                for key, slot in zip(some, slots, strict=True):
+                    places[key] = Entry(slot, secrets.token_bytes(NONCE_BYTES), bits)
+        return places
+
+    def _write_slots(self, app: str, shelf: Shelf, places: Mapping[Key, Entry], blocks: Mapping[Key, bytes]) -> None:
+        keys = list(places)  # by bits, and ascending among them
+        for start, count in runs([(place.bits, place.slot) for place in places.values()], WRITE_RUN):
+            first = places[keys[start]]
             sealed = [
-                shelf.cipher.encrypt(entries[key].nonce, blocks[key], self._label(app, key))
+                shelf.cipher.encrypt(
+                    places[key].nonce, self._with_bits(blocks[key], first.bits), self._label(app, key, first.bits)
+                )
                 for key in keys[start : start + count]
             ]
-            shelf.slab.write(slots[start], sealed)
-        if keys:
-            shelf.slab.sync()
-        return entries
+            shelf.drawers[first.bits].slab.write(first.slot, sealed)
+        for bits in {place.bits for place in places.values()}:
+            shelf.drawers[bits].slab.sync()
 
-    def _commit_turn(
-        self, app: str, context_id: str, keys: Sequence[Key], entries: Mapping[Key, Entry], tail: Key | None
-    ) -> None:
-        now, shelf = time.time(), self._shelves[app]
+    def _with_bits(self, block: bytes, bits: int) -> bytes:
+        return block if bits == EXACT else self._codec().encode(block, bits)
+
+    def _commit_turn(self, row: HolderRow, keys: Sequence[Key], places: Mapping[Key, Entry]) -> None:
+        app, context_id = row.app, row.context_id
+        shelf = self._shelves[app]
         with self._lock:
-            holder = self._holders.get(context_id) or Holder(app, now)
-            refs = [k for k in dict.fromkeys(keys) if k not in holder.keys and (k in entries or k in shelf.entries)]
+            holder = self._holders.get(context_id) or Holder(app, row.last_use)
+            refs = [k for k in dict.fromkeys(keys) if k not in holder.keys and (k in places or k in shelf.entries)]
             stale = [k for k in holder.keys if k == holder.tail and k not in keys]
             gone = [k for k in stale if shelf.num_refs[k] == 1]
-        self._index.end_turn(HolderRow(context_id, app, now, tail), entries, refs, stale, gone)
+        self._index.end_turn(row, places, refs, stale, gone)
         with self._lock:
-            shelf.entries.update(entries)
-            self._refer(context_id, app, refs, now, tail)
+            replaced = [entry for key in places if (entry := shelf.entries.get(key)) is not None]
+            shelf.entries.update(places)
+            shelf.free(replaced)
+            self._refer(row, refs)
             for key in stale:
                 del self._holders[context_id].keys[key]
         self._release(app, dict.fromkeys(stale, 1), gone)
+        if replaced and not gone:
+            shelf.punch()
 
     def fork(self, app: str, parent_id: str, child_id: str) -> None:
         """The child's history is the parent's: it refers to the same blocks."""
@@ -262,11 +367,11 @@ class BlockStore:
             parent = self._holders.get(parent_id)
             if parent is None or parent.app != app or child_id in self._holders:
                 return
-            keys, tail, now = list(parent.keys), parent.tail, time.time()
+            keys, row = list(parent.keys), HolderRow(child_id, app, time.time(), parent.tail, parent.bits)
         with self._index_change():
-            self._index.add_holder(HolderRow(child_id, app, now, tail), keys)
+            self._index.add_holder(row, keys)
         with self._lock:
-            self._refer(child_id, app, keys, now, tail)
+            self._refer(row, keys)
 
     def drop(self, app: str, context_ids: Iterable[str]) -> None:
         """Contexts are gone: free the blocks that no other one refers to."""
@@ -291,13 +396,23 @@ class BlockStore:
         """Close all files."""
         self._index.close()
         for shelf in self._shelves.values():
-            shelf.slab.close()
+            for drawer in shelf.drawers.values():
+                drawer.slab.close()
         os.close(self._lock_fd)
 
     # ---- inside ----
 
-    def _num_bytes(self) -> int:
-        return sum(len(shelf.entries) for shelf in self._shelves.values()) * self.slot_bytes
+    def _stored_bytes(self, bits: int) -> int:
+        """Of a block on disk, without its tag."""
+        return self.block_bytes if bits == EXACT else self._codec().num_bytes(bits)
+
+    def _slot_bytes(self, bits: int) -> int:
+        return slot_bytes_for(self._stored_bytes(bits) + TAG_BYTES)
+
+    def _codec(self) -> Codec:
+        if self.codec is None:
+            raise StorageError(f"blocks of fewer bits in '{self._folder}', but this engine's KV cannot have them")
+        return self.codec
 
     @contextlib.contextmanager
     def _index_change(self) -> Iterator[None]:
@@ -309,35 +424,44 @@ class BlockStore:
     def _shelf(self, app: str) -> Shelf:
         with self._lock:
             if app not in self._shelves:
-                path = self._folder / f"{blake2b(app.encode(), digest_size=16).hexdigest()}.slab"
-                self._shelves[app] = Shelf(
-                    Slab(path, self.slot_bytes, self._write), SlotMap([]), self._keys.cipher(app, "kv")
-                )
-                sync_folder(self._folder)
+                self._shelves[app] = Shelf(self._keys.cipher(app, "kv"))
             return self._shelves[app]
+
+    def _drawer(self, app: str, bits: int) -> Drawer:
+        shelf = self._shelf(app)
+        with self._lock:
+            if bits not in shelf.drawers:
+                name = blake2b(app.encode(), digest_size=16).hexdigest() + ("" if bits == EXACT else f".{bits}")
+                slab = Slab(self._folder / f"{name}.slab", self._slot_bytes(bits), self._write)
+                shelf.drawers[bits] = Drawer(slab, SlotMap([]))
+                sync_folder(self._folder)
+            return shelf.drawers[bits]
 
     def _load(self) -> None:
         """Read the index; reclaim what it does not name."""
-        taken: set[tuple[str, int]] = set()
+        taken: set[tuple[str, int, int]] = set()
         for app, key, entry in self._index.blocks():
+            self._drawer(app, entry.bits)
             self._shelf(app).entries[key] = entry
-            if (app, entry.slot) in taken:
+            if (app, entry.bits, entry.slot) in taken:
                 self._refuse(app, key, entry)
-            taken.add((app, entry.slot))
-        for row in self._index.holders():
-            self._shelf(row.app)
-            self._holders[row.context_id] = Holder(row.app, row.last_use, row.tail)
+            taken.add((app, entry.bits, entry.slot))
+        rows = {row.context_id: row for row in self._index.holders()}
+        for row in rows.values():
+            self._drawer(row.app, EXACT)
+            self._refer(row, [])
         for context_id, key in self._index.refs():
-            if holder := self._holders.get(context_id):
-                self._refer(context_id, holder.app, [key], holder.last_use, holder.tail)
+            if context_id in rows:
+                self._refer(rows[context_id], [key])
         self._bury()
         for app, shelf in self._shelves.items():
             unnamed = [key for key in shelf.entries if key not in shelf.num_refs]
             self._index.delete(app, unnamed)
             for key in unnamed:
                 del shelf.entries[key]
-            shelf.slots = SlotMap(entry.slot for entry in shelf.entries.values())
-            shelf.slab.punch(shelf.slots.holes, shelf.slots.end)
+            for bits, drawer in shelf.drawers.items():
+                drawer.slots = SlotMap(entry.slot for entry in shelf.entries.values() if entry.bits == bits)
+            shelf.punch()
 
     def _bury(self) -> None:
         """Delete the rows of refused blocks and free their slots."""
@@ -346,25 +470,25 @@ class BlockStore:
         self._index.delete_refused(refused)
         with self._lock:
             for app, _, entry in refused:
-                slots = self._shelves[app].slots
+                slots = self._shelves[app].drawers[entry.bits].slots
                 if slots.end:  # not while loading, which makes the map from what is left
                     slots.free([entry.slot])
 
-    def _refer(self, context_id: str, app: str, keys: Iterable[Key], now: float, tail: Key | None) -> None:
-        holder = self._holders.setdefault(context_id, Holder(app, now))
-        holder.last_use, holder.tail = now, tail
-        num_refs = self._shelves[app].num_refs
+    def _refer(self, row: HolderRow, keys: Iterable[Key]) -> None:
+        holder = self._holders.setdefault(row.context_id, Holder(row.app, row.last_use))
+        holder.last_use, holder.tail, holder.bits = row.last_use, row.tail, row.bits
+        num_refs = self._shelves[row.app].num_refs
         for key in keys:
             if key not in holder.keys:
                 holder.keys[key] = None
                 num_refs[key] = num_refs.get(key, 0) + 1
 
-    def _make_room(self, context_id: str, num_blocks: int) -> None:
-        """Give up the blocks of least recently used contexts, but not of this one."""
+    def _make_room(self, context_id: str, num_bytes: int) -> None:
+        """Give up the blocks of the contexts with the most bits, of these the least recently used, but not this one."""
         with self._lock:
-            order = sorted((h.last_use, i) for i, h in self._holders.items() if i != context_id)
-        for _, victim in order:
-            if self.num_bytes + num_blocks * self.slot_bytes <= self.max_bytes:
+            order = sorted((-h.bits, h.last_use, i) for i, h in self._holders.items() if i != context_id)
+        for *_, victim in order:
+            if self.num_bytes + num_bytes <= self.max_bytes:
                 return
             log.info("the KV store is full (%d bytes): blocks of context %s are given up", self.max_bytes, victim)
             self._drop([victim])
@@ -393,9 +517,9 @@ class BlockStore:
                 shelf.num_refs[key] -= count
             for key in gone:
                 del shelf.num_refs[key]
-            shelf.slots.free(e.slot for key in gone if (e := shelf.entries.pop(key, None)) is not None)
+            shelf.free([e for key in gone if (e := shelf.entries.pop(key, None)) is not None])
         if gone:
-            shelf.slab.punch(shelf.slots.holes, shelf.slots.end)
+            shelf.punch()
 
 
 def _lock(folder: Path) -> int:

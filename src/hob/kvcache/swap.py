@@ -25,8 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from hob.errors import HobError
+from hob.kvcache.compression import EXACT, levels_of
 from hob.kvcache.pool import BLOCK_SIZE
-from hob.kvcache.second_level import BlockMemory, Find, Key, Leave, Load
+from hob.kvcache.second_level import BlockMemory, Find, Key, Leave, Load, TurnEnd
 from hob.kvcache.store import BlockStore, Piece
 
 log = logging.getLogger("hob.swap")
@@ -51,6 +52,9 @@ class _Turn:
     keys: list[Key]
     tail: Key | None
     dirty: list[Key]
+    bits: int = EXACT
+    levels: dict[Key, int] = field(default_factory=dict)
+    """Bits of the blocks that are to have fewer than 16. What is written now is exact or has these."""
     blocks: dict[Key, bytes] = field(default_factory=dict)
 
 
@@ -117,10 +121,13 @@ class Swap:
         """See SecondLevel. One block is read in a millisecond; up to 15 rows take more."""
         return self.store.count(app, [key]) == 1
 
-    def turn_ended(self, app: str, context_id: str, keys: list[Key], tail: Key | None) -> None:
-        """See SecondLevel."""
-        every = keys if tail is None else [*keys, tail]
-        self._turns.append(_Turn(app, context_id, every, tail, self.store.missing(app, every)))
+    def turn_ended(self, end: TurnEnd) -> None:
+        """See SecondLevel. A block that gets less attention than before is written anew, with fewer bits."""
+        every = end.keys if end.tail is None else [*end.keys, end.tail]
+        bits = end.kv_bits if self.store.codec is not None else EXACT
+        levels = {} if bits == EXACT else dict(zip(end.keys, levels_of(bits, end.density, len(end.keys)), strict=True))
+        dirty = self.store.missing(end.app, every, levels)
+        self._turns.append(_Turn(end.app, end.context_id, every, end.tail, dirty, bits, levels))
 
     def is_worth_keeping(self, num_tokens: int) -> bool:
         """See SecondLevel. What does not fit the writer's queue is computed again, not waited for."""
@@ -267,7 +274,8 @@ class Swap:
             key = turn.dirty.pop()  # the last first: they are evicted first
             block_id = find(turn.app, key)
             if block_id is None:
-                self.num_lost += key != turn.tail  # which the next turn may have taken over already
+                # An unfinished block may have been taken over by the next turn; others may be there with more bits.
+                self.num_lost += key != turn.tail and bool(self.store.missing(turn.app, [key]))
             else:
                 turn.blocks[key] = memory.read_block(block_id)
                 self._count_queued(self.store.block_bytes)
@@ -282,7 +290,9 @@ class Swap:
         """In the writer's thread."""
         start = time.perf_counter()
         try:
-            num_written = self.store.write(turn.app, turn.context_id, turn.keys, blocks, turn.tail)
+            num_written = self.store.write(
+                turn.app, turn.context_id, turn.keys, blocks, turn.tail, turn.levels, turn.bits
+            )
             self.num_written += num_written
             if num_written:
                 speed = num_written * self.store.slot_bytes / max(time.perf_counter() - start, 1e-6)

@@ -89,8 +89,12 @@ def forward(
     num_tops: int,
     layers: Ints,
     depth: int,
+    measured: int = -1,
 ) -> tuple[bool, dict[str, int]]:
     """One step over the rows of an engine.base.Batch. -> (False if stopped between layers, nanoseconds by phase)."""
+
+def density(pool: KvPool, workspace: Workspace, blocks: Ints) -> Floats:
+    """(len(blocks),) attention that the last step's measured row pays to each block of its table; sums up to 1."""
 
 def sample(
     workspace: Workspace,

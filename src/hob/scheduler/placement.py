@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from hob.kvcache.pool import BLOCK_SIZE, num_blocks_for
 from hob.kvcache.prefix import PrefixCache
-from hob.kvcache.second_level import Leave, Load, SecondLevel
+from hob.kvcache.second_level import Leave, Load, SecondLevel, TurnEnd
 from hob.request import Sequence
 from hob.scheduler.order import Order
 
@@ -69,7 +69,7 @@ class Placement:
 
     def _match(self, sequence: Sequence, max_tokens: int) -> list[int]:
         request = sequence.request
-        return self.prefixes.match(request.app, sequence.token_ids, sequence.block_keys, max_tokens, request.adapter)
+        return self.prefixes.match(request.app, sequence.token_ids, sequence.block_keys, max_tokens, request.kv_variant)
 
     def start(self, sequence: Sequence, planned: set[int]) -> bool:
         """Move a waiting sequence to the running ones, with what the prefix cache has of it, if memory allows."""
@@ -136,7 +136,7 @@ class Placement:
         start = sequence.num_computed_tokens
         request = sequence.request
         found = self.prefixes.take_tail(
-            request.app, sequence.token_ids, sequence.block_keys, start, max_tokens, request.adapter
+            request.app, sequence.token_ids, sequence.block_keys, start, max_tokens, request.kv_variant
         )
         if found is None:
             return False
@@ -149,7 +149,7 @@ class Placement:
     def _tail_key(self, sequence: Sequence, start: int, count: int) -> bytes:
         request = sequence.request
         return self.prefixes.tail_key(
-            request.app, sequence.token_ids, sequence.block_keys, start, count, request.adapter
+            request.app, sequence.token_ids, sequence.block_keys, start, count, request.kv_variant
         )
 
     def loaded(self, load: Load) -> None:
@@ -184,7 +184,8 @@ class Placement:
             tail = self._tail_key(sequence, num_full * BLOCK_SIZE, num_tail)
             self.prefixes.insert(app, tail, sequence.block_table[num_full])
         self.prefixes.mark_context(sequence.block_table)
-        self._second.turn_ended(app, context_id, keys, tail)
+        bits = sequence.request.kv_bits
+        self._second.turn_ended(TurnEnd(app, context_id, keys, tail, bits, sequence.density.means()))
 
     def grow(self, sequence: Sequence, num_rows: int, planned: set[int]) -> bool:
         """Hold blocks for the next `num_rows` tokens, preempting later ones or, at the last, the sequence itself."""
@@ -205,7 +206,7 @@ class Placement:
         if sequence.is_shallow:
             return
         request = sequence.request
-        self.prefixes.extend_keys(request.app, sequence.token_ids, sequence.block_keys, end, request.adapter)
+        self.prefixes.extend_keys(request.app, sequence.token_ids, sequence.block_keys, end, request.kv_variant)
         for i in range(start // BLOCK_SIZE, end // BLOCK_SIZE):
             self.prefixes.insert(sequence.request.app, sequence.block_keys[i], sequence.block_table[i])
 

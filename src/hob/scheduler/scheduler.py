@@ -108,6 +108,8 @@ class ChunkResult:
     states: NDArray[np.float32] | None = None
     """(n, layers, hidden_size) wanted hidden states, of rows from `first_state` on."""
     first_state: int = 0
+    density: list[float] | None = None
+    """Attention that the last row paid to each block, if it was measured."""
     is_complete: bool = False
     """The token ends what its grammar allows."""
     error: OutputError | None = None
@@ -255,6 +257,8 @@ class Scheduler:
             sequence = chunk.sequence
             self._charge(chunk, share * scale)
             self.placement.advance(sequence, chunk.start, chunk.end)
+            if result.density is not None:
+                sequence.density.add(result.density, chunk.end)
             if sequence.leader is None:
                 self.placement.fork(sequence, self._requests[sequence.request.request_id])
             output = self._take(sequence, result, now)

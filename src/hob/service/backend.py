@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from hob.messages import Lease, ModelInfo, ModelSpec, Stats
+from hob.messages import ContextKv, Lease, ModelInfo, ModelSpec, Stats
 from hob.request import Request
 from hob.service.outputs import Outputs
 
@@ -44,6 +44,10 @@ class Backend(Protocol):
         Nothing is sent before the iteration begins. Closing the iterator early (aclose, or the task being cancelled)
         cancels the request. It raises the HobError with which admission refused the request or the engine failed.
         """
+        ...
+
+    async def context_kv(self, app: str, context_ids: list[str]) -> dict[str, ContextKv]:
+        """What is on disk of an app's contexts, as far as an engine that runs has their models loaded."""
         ...
 
     def publish(self, model: str, prompts: list[list[int]]) -> None:

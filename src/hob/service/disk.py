@@ -18,6 +18,7 @@ import msgspec
 from hob import __version__
 from hob.engine.base import Engine
 from hob.errors import HobError
+from hob.kvcache.compression import Codec
 from hob.kvcache.contexts import live_contexts
 from hob.kvcache.keys import KeyRing
 from hob.kvcache.store import BlockStore
@@ -56,7 +57,9 @@ def open_disk(
     try:
         keys = KeyRing(Path(spec.keys_dir))
         fingerprint = fingerprint_of(engine, packed_path)
-        store = BlockStore(folder / f"kv-{fingerprint}", fingerprint, engine.block_bytes, keys, spec.max_bytes)
+        codec = Codec(engine.kv_shape)
+        where = folder / f"kv-{fingerprint}"
+        store = BlockStore(where, fingerprint, engine.block_bytes, keys, spec.max_bytes, codec=codec)
         store.reconcile(live_contexts(folder))
         _remove_stale(folder, fingerprint)
     except (HobError, OSError) as error:

@@ -22,7 +22,9 @@ import msgspec
 from hob.errors import EngineUnavailable, HobError, InternalError, error_from_name
 from hob.messages import (
     Answer,
+    AskContexts,
     Cancel,
+    ContextKv,
     DropContext,
     Failed,
     ForkContext,
@@ -40,6 +42,7 @@ from hob.messages import (
     Stats,
     Submit,
     ToEngine,
+    ToModels,
     Unloaded,
     UnloadModel,
     Vocabulary,
@@ -174,6 +177,12 @@ class EngineHandle:
         if self._ready is not None:
             self._send(DropContext(app, context_id))
 
+    async def context_kv(self, app: str, context_ids: list[str]) -> dict[str, ContextKv]:
+        """See `backend.Backend`."""
+        if self._ready is None or not context_ids:
+            return {}
+        return (await self._call(lambda call_id: AskContexts(call_id, app, context_ids))).contexts
+
     def publish(self, model: str, prompts: list[list[int]]) -> None:
         """See `backend.Backend`. An engine that is starting is told when it is ready."""
         self.published[model] = prompts
@@ -205,7 +214,7 @@ class EngineHandle:
         if was_sent and not is_complete and self._connection is not None:
             self._send(Cancel(outputs.request.request_id))
 
-    async def _call(self, message_of: Callable[[int], LoadModel | UnloadModel | SetLease | SetBudget]) -> Answer:
+    async def _call(self, message_of: Callable[[int], ToModels]) -> Answer:
         """Ask the engine process and wait for its answer. Raises the error it answers with."""
         await self._wait_ready()
         call_id = next(self._call_ids)

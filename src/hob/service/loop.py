@@ -24,7 +24,9 @@ from hob.errors import HobError, InternalError
 from hob.kvcache.swap import Swap
 from hob.messages import (
     Answer,
+    AskContexts,
     Cancel,
+    ContextKv,
     DropContext,
     Failed,
     ForkContext,
@@ -138,6 +140,8 @@ class Loop:
             self._change_disk(message)
         elif isinstance(message, LoadModel):
             residents.load(message.call_id, message.spec, now)
+        elif isinstance(message, AskContexts):
+            residents.messages.append(Answer(message.call_id, contexts=self._context_kv(message)))
         elif isinstance(message, UnloadModel | SetLease | SetBudget):
             residents.messages.append(self._answer(message, now))
         return []
@@ -171,6 +175,15 @@ class Loop:
         except HobError as error:
             return Answer(message.call_id, OutputError(type(error).__name__, error.message, error.retry_after_s))
         return Answer(message.call_id)
+
+    def _context_kv(self, message: AskContexts) -> dict[str, ContextKv]:
+        stores = [resident.swap.store for resident in self._residents if resident.swap is not None]
+        return {
+            context_id: ContextKv(kept.num_bytes, kept.num_blocks)
+            for context_id in message.context_ids
+            for store in stores
+            if (kept := store.kept(message.app, context_id)) is not None
+        }
 
     def _change_disk(self, message: ForkContext | DropContext) -> None:
         """In the disk tiers' own threads, after the turns that ended before. Models not here learn it when loaded."""

@@ -1,0 +1,121 @@
+"""KV blocks with fewer bits: what a context that asks for it has on disk. What comes back is not the same any more.
+
+    16 bits   as it lies in memory; the default
+     8        each value on a linear scale of 256 steps
+     4        8, 4 or 2 bits by how much attention a block gets, 4 on average: a fifth 8, two fifths 4, two fifths 2
+
+After LLMS ("tolerance-aware compression", arXiv:2403.11805): blocks that are looked at much keep more bits. Keys share
+a scale by channel over the 16 tokens of a block, values by token over the channels of a head, because keys have
+channels that are large throughout and values have none (KIVI, arXiv:2402.02750). NumPy on one block's bytes; knows no
+files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hob.kvcache.pool import BLOCK_SIZE
+
+EXACT = 16
+LEVELS = (16, 8, 4, 2)
+"""Bits of a value that a block may have."""
+SHARE_OF_8 = 0.2
+"""With an average of 4 bits: of the densest blocks. Twice as many get 2 bits, the others 4."""
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What a block holds: for each layer keys (heads, head_dim, 16), then values (heads, 16, head_dim), float16."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+
+
+def levels_of(kv_bits: int, density: Sequence[float], num_blocks: int) -> list[int]:
+    """Bits for each block of a context. Blocks without a density, the newest, count as the densest."""
+    if kv_bits != 4:
+        return [kv_bits] * num_blocks
+    known = [*density[:num_blocks], *[float("inf")] * (num_blocks - len(density))]
+    order = sorted(range(num_blocks), key=lambda i: -known[i])
+    num_8 = round(SHARE_OF_8 * num_blocks)
+    levels = [4] * num_blocks
+    for i in order[:num_8]:
+        levels[i] = 8
+    for i in order[max(num_blocks - 2 * num_8, num_8) :]:
+        levels[i] = 2
+    return levels
+
+
+class Codec:
+    """Turns blocks of one model into fewer bytes and back. Thread-safe."""
+
+    def __init__(self, shape: KvShape) -> None:
+        self._shape = shape
+        pairs = shape.num_layers * shape.num_heads
+        self._num_values = pairs * BLOCK_SIZE * shape.head_dim
+        """Of the keys, and of the values."""
+        self._num_key_scales, self._num_value_scales = pairs * shape.head_dim, pairs * BLOCK_SIZE
+
+    def num_bytes(self, bits: int) -> int:
+        """Of a block."""
+        scales = 0 if bits == EXACT else 4 * (self._num_key_scales + self._num_value_scales)
+        return 2 * self._num_values * bits // 8 + scales
+
+    def encode(self, block: bytes | memoryview, bits: int) -> bytes:
+        """A block with fewer bits."""
+        parts = self._groups(np.frombuffer(block, np.float16))
+        key_scales, key_codes = _quantise(parts[0].astype(np.float32), bits)
+        value_scales, value_codes = _quantise(parts[1].astype(np.float32), bits)
+        codes = np.concatenate([key_codes.ravel(), value_codes.ravel()]).reshape(8 // bits, -1)
+        packed = codes[0].copy()
+        for i in range(1, len(codes)):
+            packed |= codes[i] << (bits * i)
+        return b"".join([key_scales.tobytes(), value_scales.tobytes(), packed.tobytes()])
+
+    def decode(self, data: bytes | memoryview, bits: int, out: memoryview) -> None:
+        """The block that `encode` made of one, near the original, into `out`."""
+        at = 4 * self._num_key_scales
+        end = at + 4 * self._num_value_scales
+        key_scales = np.frombuffer(data[:at], np.float16).reshape(2, -1)
+        value_scales = np.frombuffer(data[at:end], np.float16).reshape(2, -1)
+        packed = np.frombuffer(data[end:], np.uint8)
+        codes = np.empty((8 // bits, len(packed)), np.uint8)
+        for i in range(len(codes)):
+            np.bitwise_and(packed >> (bits * i), (1 << bits) - 1, out=codes[i])
+        keys, values = codes.reshape(2, -1)
+        target = np.frombuffer(out, np.float16).reshape(self._shape.num_layers, 2, -1)
+        with np.errstate(invalid="ignore", over="ignore"):
+            target[:, 0] = _restored(key_scales, keys).reshape(self._shape.num_layers, -1)
+            target[:, 1] = _restored(value_scales, values).reshape(self._shape.num_layers, -1)
+
+    def _groups(self, values: NDArray[np.float16]) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+        """Keys (n, 16) and values (n, head_dim): what shares a scale."""
+        by_layer = values.reshape(self._shape.num_layers, 2, -1)
+        return by_layer[:, 0].reshape(-1, BLOCK_SIZE), by_layer[:, 1].reshape(-1, self._shape.head_dim)
+
+
+def _quantise(x: Floats, bits: int) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
+    """x (n, k) -> lows and steps (2, n), codes (n, k)."""
+    most = (1 << bits) - 1
+    with np.errstate(invalid="ignore", over="ignore"):  # a fake engine's values are no numbers
+        low = x.min(axis=1).astype(np.float16)
+        step = ((x.max(axis=1) - low) / most).astype(np.float16)
+        step[step == 0] = 1
+        x = (x - low.astype(np.float32)[:, None]) / step.astype(np.float32)[:, None]
+        codes = np.clip(np.rint(x), 0, most).astype(np.uint8)
+    return np.stack([low, step]), codes
+
+
+def _restored(scales: NDArray[np.float16], codes: NDArray[np.uint8]) -> Floats:
+    low, step = scales.astype(np.float32)
+    values = codes.reshape(len(low), -1).astype(np.float32)
+    values *= step[:, None]
+    values += low[:, None]
+    return values
