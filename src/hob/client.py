@@ -246,7 +246,7 @@ class Client:
     def create_context(self, name: str = "", messages: Messages | None = None, kv_bits: int = 16) -> Reply:
         """A conversation that the service keeps. `messages` open its first turn: a system prompt, say.
 
-        kv_bits: 8 or 4 keep its KV on disk with so many bits a value, in less room, and not quite as it was.
+        kv_bits: 8, 4 or 3 keep its KV on disk with so many bits a value, in less room, and not quite as it was.
         """
         opening = [{"role": "system", "content": messages}] if isinstance(messages, str) else messages
         return self._post("/hob/v1/contexts", {"name": name, "messages": opening, "kv_bits": kv_bits})

@@ -137,7 +137,7 @@ class ContextConfig:
     max_contexts: int = 64
     """Most contexts an app may keep."""
     context_disk_bytes: int = 4 << 30
-    """KV of contexts on disk, over all apps; beyond it the least recently used ones' is dropped and computed again
+    """KV of contexts on disk, over all apps; beyond it that of the longest unused is dropped and computed again
     when they are called. 0: none is kept, every resumed context is computed again."""
 
 

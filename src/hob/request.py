@@ -151,7 +151,7 @@ class Request:
     context_id: str | None = None
     """The persistent context whose turn this is: its KV is kept on disk when the turn ends. None: none."""
     kv_bits: int = 16
-    """With how many bits a value at most it is kept there: 16, 8 or, on average, 4. Fewer than 16 come back changed."""
+    """Of a value on disk: 16, 8, 4 or 3 (kvcache/compression.py). With fewer than 16 it comes back changed."""
     grammar: Grammar | None = None
     """Generate: what each sample must match."""
 

@@ -161,6 +161,27 @@ def test_the_list_has_the_last_used_first(client: Client) -> None:
     assert [context["name"] for context in client.contexts()] == ["b", "c", "a"]
 
 
+def test_a_context_may_have_fewer_bits_on_disk(daemon: Daemon, client: Client) -> None:
+    plain, small = client.create_context("plain"), client.create_context("small", kv_bits=3)
+    assert small["kv"] == {"bits": 3, "is_exact": False, "num_bytes": None, "num_blocks": None}
+    replies = [client.turn(c["id"], "x" * 2000, **GREEDY)["choices"][0]["message"]["content"] for c in (plain, small)]
+    assert replies[0] == replies[1], "what is in memory is exact"
+    until(lambda: sum((client.context(small["id"])["kv"]["num_blocks"] or {}).values()) >= 125, "its blocks on disk")
+    fork = client.fork_context(small["id"])
+    kv = {context["id"]: context["kv"] for context in client.contexts()}
+    assert kv[small["id"]]["num_blocks"].keys() == {"16", "8", "4", "2"}, "an unfinished block stays as it is"
+    assert kv[plain["id"]]["num_blocks"].keys() == {"16"}
+    assert kv[plain["id"]] | {"num_bytes": 0, "num_blocks": {}} == {
+        "bits": 16,
+        "is_exact": True,
+        "num_bytes": 0,
+        "num_blocks": {},
+    }
+    assert (kv[fork["id"]]["bits"], client.turn(fork["id"], "on", **GREEDY)["context"]["kv"]["bits"]) == (3, 3)
+    with pytest.raises(InvalidRequest, match="kv_bits"):
+        client.create_context("five", kv_bits=5)
+
+
 def test_closing_and_is_what_the_template_puts_behind_a_reply() -> None:
     assert bytes(closing_and(ByteChat(), [{"role": "user", "content": "yes 7"}])) == b"\nuser: yes 7\nassistant: "
 

@@ -10,6 +10,7 @@ from tests.unit.test_scheduler import prompt, solo
 
 from hob.config import SchedulerConfig
 from hob.engine.fake import CostModel, FakeClock, FakeEngine
+from hob.kvcache.compression import Codec
 from hob.kvcache.keys import KeyRing
 from hob.kvcache.store import BlockStore
 from hob.kvcache.swap import Swap
@@ -33,7 +34,8 @@ class World:
         ring = KeyRing(self.folder / "keys", {})
         self.engine = FakeEngine(cost=CostModel(), sleep=self.clock.sleep)
         self.engine.open_pool(self.num_blocks)
-        store = BlockStore(self.folder / "kv", "fake", self.engine.block_bytes, ring, 1 << 30)
+        codec = Codec(self.engine.kv_shape)
+        store = BlockStore(self.folder / "kv", "fake", self.engine.block_bytes, ring, 1 << 30, codec=codec)
         self.swap = Swap(store, is_threaded=self.is_threaded)
         config = SchedulerConfig(**self.fields)  # type: ignore[arg-type]
         self.scheduler = Scheduler(config, self.num_blocks, 8192, 1000, self.swap, ring.salt)

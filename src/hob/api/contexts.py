@@ -44,7 +44,7 @@ class CreateRequest(Body, kw_only=True):
     model: str = ""
     name: str = ""
     messages: list[Message] | None = None
-    kv_bits: Literal[16, 8, 4] = 16
+    kv_bits: Literal[16, 8, 4, 3] = 16
     """Of a value on disk. Fewer than 16 take less room; what comes back is then not the same bits any more."""
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hob.engine.base import Batch, Draw, Engine, Out, Sampled
 from hob.errors import InternalError
+from hob.kvcache.compression import MIXED
 from hob.kvcache.pool import num_blocks_for
 from hob.request import Kind, Sequence, Top
 
@@ -120,7 +121,7 @@ def wants_density(chunk: ChunkLike) -> bool:
     """Whether the attention of the chunk's last row is to be measured: now and then in a turn of a context whose blocks
     get bits by it."""
     sequence = chunk.sequence
-    if sequence.request.context_id is None or sequence.request.kv_bits != 4 or not wants_token(chunk):
+    if sequence.request.context_id is None or sequence.request.kv_bits != MIXED or not wants_token(chunk):
         return False
     return not sequence.density.num_tokens or chunk.end - sequence.density.num_tokens >= MEASURE_EVERY
 
