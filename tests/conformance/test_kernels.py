@@ -433,8 +433,9 @@ def test_a_model_agrees_with_the_reference(files: dict[str, Packed], isa: str, n
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kv_type", ["f16", "q8"])
 def test_density_is_the_attention_of_the_measured_row(
-    files: dict[str, Packed], isa: str, name: str, monkeypatch: pytest.MonkeyPatch
+    files: dict[str, Packed], isa: str, name: str, kv_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed, table = files[name], [3, 1, 4, 10, 5]
     net, expected = packed.network, np.zeros(len(table))
@@ -449,7 +450,8 @@ def test_density_is_the_attention_of_the_measured_row(
             expected[: len(sums)] += sums / (net.num_heads * net.num_layers)
         return attention(query, keys, values, lengths, scale, window)
 
-    core, model, pool = Native(packed, isa, 2), reference.Model(packed), reference.KvPool(net, 80)
+    core, model = Native(packed, isa, 2, kv_type=kv_type), reference.Model(packed)
+    pool = reference.KvPool(net, 80, np.float16 if kv_type == "f16" else np.int8)
     monkeypatch.setattr(reference, "attention", spy)
     for start, length in ((0, 70), (70, 3)):  # many rows, then few
         work = make_batch((tokens(length, start), start, table))

@@ -102,7 +102,7 @@ class FakeEngine:
         )
         self.max_rows = max_rows
         self.block_bytes = BLOCK_SIZE * 8
-        self.kv_shape = KvShape(1, 1, 2)
+        self.kv_shape: KvShape | None = KvShape(1, 1, 2)
         self.page_bytes = 4 * self.block_bytes
         self.scratch_bytes = 0
         self.num_steps = 0

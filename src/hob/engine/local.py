@@ -79,7 +79,9 @@ class LocalEngine:
         if config.adapters:
             self._load_adapters(Path(config.adapters) / name)
         self.block_bytes = self.info.kv_bytes_per_token * BLOCK_SIZE
-        self.kv_shape = KvShape(packed.network.num_layers, packed.network.num_kv_heads, packed.network.head_dim)
+        net = packed.network
+        shape = KvShape(net.num_layers, net.num_kv_heads, net.head_dim)
+        self.kv_shape = shape if config.kv_type == "f16" else None
         self.page_bytes = native.KvPool.page_bytes
         unused_rows = max(max_rows - max_logits, 0)
         self.scratch_bytes = self._workspace.num_bytes - 4 * self.info.vocab_size * unused_rows

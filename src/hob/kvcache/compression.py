@@ -5,7 +5,7 @@
      3        8, 4 or 2 bits by how much attention a block gets, 3.2 on average
 
 The last is LLMS's "tolerance-aware compression" (arXiv:2403.11805): blocks that are looked at much keep more bits. With
-LLMS's shares, 4 bits on average, it cost 4 % of perplexity where 4 bits for all cost 0.1 % at the same size; so it is
+LLMS's shares, 4 bits on average, it cost 3.5 % of perplexity where 4 bits for all cost 0.3 % at the same size; so it is
 for less room than that, with shares of its own. docs/results.md has the figures. Keys share
 a scale by channel over the 16 tokens of a block, values by token over the channels of a head, because keys have
 channels that are large throughout and values have none (KIVI, arXiv:2402.02750). NumPy on one block's bytes; knows no

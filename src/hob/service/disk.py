@@ -57,7 +57,7 @@ def open_disk(
     try:
         keys = KeyRing(Path(spec.keys_dir))
         fingerprint = fingerprint_of(engine, packed_path)
-        codec = Codec(engine.kv_shape)
+        codec = Codec(engine.kv_shape) if engine.kv_shape is not None else None
         where = folder / f"kv-{fingerprint}"
         store = BlockStore(where, fingerprint, engine.block_bytes, keys, spec.max_bytes, codec=codec)
         store.reconcile(live_contexts(folder))
