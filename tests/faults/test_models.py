@@ -1,0 +1,106 @@
+"""Several models in a real daemon: kill -9 while one is loaded; budget, leases, unloading by HTTP and command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from hob.client import Client
+from hob.errors import Conflict, EngineUnavailable, NotFound, PermissionDenied
+from hob.models.pack import ensure_packed
+from tests.daemons import Daemon, hob, short_folder, until
+from tests.tiny import TinyShape, write_tiny_gguf
+
+pytestmark = pytest.mark.slow
+
+SHAPE = TinyShape(
+    num_layers=8, hidden_size=256, num_heads=8, num_kv_heads=4, ffn_size=1024, context_length=1024, can_serve=True
+)
+NAMES = ("alpha", "beta")
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    with short_folder() as home:
+        (home / "models").mkdir()
+        for seed, name in enumerate(NAMES):
+            ensure_packed(write_tiny_gguf(home / "models" / f"{name}.gguf", seed, "F32", SHAPE))
+        with Daemon(home, model="alpha", budget="400MB", keep_alive_s=60, kv_tokens=2048).wait_ready() as started:
+            yield started
+
+
+def ask(daemon: Daemon, model: str) -> str:
+    with Client(daemon.rundir.socket_path, app="test", model=model, timeout_s=30) as client:
+        return str(client.complete("Hello", max_tokens=4, temperature=0)["choices"][0]["text"])
+
+
+def names(client: Client) -> list[str]:
+    return sorted(model["name"] for model in client.memory()["models"])
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.05, 0.2])
+def test_an_engine_killed_while_it_loads_a_model_is_replaced(daemon: Daemon, delay_s: float) -> None:
+    with daemon.client() as client:
+        with contextlib.suppress(NotFound):
+            client.unload("beta")
+        until(lambda: "beta" not in names(client), "the model to go")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, daemon, "beta")
+        time.sleep(delay_s)
+        os.kill(daemon.engine_pid, signal.SIGKILL)
+        with contextlib.suppress(EngineUnavailable):  # unless it was so quick, or waited for the next process
+            asked.result(30)
+    replies = {name: ask(daemon, name) for name in NAMES}
+    assert replies == {name: ask(daemon, name) for name in NAMES}
+    with daemon.client() as client:
+        until(lambda: names(client) == ["alpha", "beta"], "both in the ledger")
+        memory = client.memory()
+        assert memory["reserved_bytes"] == sum(model["num_bytes"] for model in memory["models"])
+
+
+def test_a_lease_holds_a_model_until_it_ends(daemon: Daemon) -> None:
+    with daemon.client() as client:
+        assert client.lease("beta", rank=2, pin=True)["is_pinned"] is True
+        until(lambda: "beta" in names(client), "the model")
+        [beta] = [model for model in client.memory()["models"] if model["name"] == "beta"]
+        assert (beta["is_pinned"], beta["rank"], len(beta["leases"])) == (True, 2, 1)
+        with pytest.raises(Conflict, match="is pinned by"):
+            client.unload("beta")
+        with pytest.raises(PermissionDenied, match="The owner allows"):
+            client.lease("beta", rank=1000)
+        assert client.end_lease("beta")["deleted"] is True
+        client.unload("beta")
+        until(lambda: "beta" not in names(client), "the model to go")
+        with pytest.raises(NotFound, match="is not loaded"):
+            client.unload("beta")
+
+
+def test_the_command_line_shows_and_changes_the_budget(daemon: Daemon) -> None:
+    before = json.loads(hob(daemon.home, "memory", "--json").stdout)
+    assert before["budget_bytes"] == 400_000_000
+    changed = hob(daemon.home, "memory", "--budget", "300MB")
+    assert (changed.returncode, "alpha" in changed.stdout) == (0, True)
+    with daemon.client() as client:
+        until(lambda: client.memory()["budget_bytes"] == 300_000_000, "the budget")
+        client.set_budget(400_000_000)
+    wrong = hob(daemon.home, "memory", "--budget", "much")
+    assert (wrong.returncode, "budget" in wrong.stderr) == (2, True)
+
+
+def test_only_the_owner_changes_the_budget_and_unloads(daemon: Daemon) -> None:
+    with daemon.client() as owner:
+        key = owner.add_app("guest", "key")["key"]
+    with daemon.http() as http:
+        http.headers["authorization"] = f"Bearer {key}"
+        assert http.put("/hob/v1/memory", json={"budget": 1}).status_code == 403
+        assert http.post("/hob/v1/unload", json={"model": "alpha"}).status_code == 403
+        assert http.get("/hob/v1/memory").status_code == 200
+    with daemon.client() as owner:
+        owner.remove_app("key", "guest")
