@@ -76,6 +76,8 @@ def start_workers(args: argparse.Namespace) -> list[Worker]:
     workers = [Worker("ours", ours)]
     for isa in args.isa:
         workers.append(Worker(f"ours {isa}", ours, {"HOB_ISA": isa}))
+    for kv_type in args.kv_types:
+        workers.append(Worker(f"ours KV {kv_type}", ours, {"HOB_KV_TYPE": kv_type}))
     if args.no_peers:
         return workers
     for file in args.llama_files or [args.model]:
@@ -159,6 +161,7 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
     parser.add_argument("--no-openvino", action="store_true", help="leave OpenVINO out")
     parser.add_argument("--isa", nargs="*", default=[], help="also run ours with these instruction sets")
+    parser.add_argument("--kv-types", nargs="*", default=[], help="also run ours with these number formats of KV")
     parser.add_argument("--figures", nargs="*", choices=[f.key for f in FIGURES], help="only these")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="one JSON object; the table goes to standard error")
