@@ -283,6 +283,7 @@ NB_MODULE(_core, m) {
       .def("remove_adapter", &Model::remove_adapter, "adapter"_a)
       .def_prop_ro("weight_bytes", [](const Model& model) { return model.weight_bytes; })
       .def_prop_ro("num_threads", [](const Model& model) { return model.threads->num_threads(); })
+      .def_prop_ro("num_repeated", [](const Model& model) { return model.threads->num_repeated(); })
       .def_prop_ro("isa", [](const Model& model) { return model.kernels->name; });
 
   nb::class_<KvPool>(m, "KvPool")

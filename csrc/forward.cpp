@@ -5,11 +5,14 @@
 //
 //   few rows   threads split the outputs of each matrix, so each weight is read once, by one core, at DRAM speed:
 //              qkv | attention | out | gate_up | down, five joins a layer. Cheap preparation (norm, quantise) is
-//              repeated by each thread rather than waited for.
+//              repeated by each thread rather than waited for, which also makes the pieces repeatable (threads.h): a
+//              core that is taken away in the middle of one does not hold up the step.
 //   many rows  threads split the rows: a block of rows goes through the whole layer while its activations stay in
 //              cache, and the weights come from the last-level cache: out..down..next qkv | attention, two joins.
 //
 // A row's float operations are the same under both (kernels.h), so the choice is invisible in the results.
+// A step is a chain of jobs (threads.h), written as coroutines (flow.h): they run on whichever thread finished a job, so
+// what they use of Scratch is that thread's.
 #include "forward.h"
 
 #include <algorithm>
@@ -19,6 +22,7 @@
 #include <utility>
 
 #include "check_batch.h"
+#include "flow.h"
 #include "pack.h"
 #include "sample.h"
 #include "text.h"
@@ -27,29 +31,212 @@ namespace hob {
 namespace {
 
 constexpr int kFewRows = 32;       // up to here threads split outputs: ahead below 20 rows, level at 24 to 30 (2 cores)
-constexpr int kHeadPanels = 16;    // panels of the head in one piece: 310 KB of 8-bit weights
 static_assert(kFewRows <= kMaxBlockRows);
 
 int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-class Step {
+// A view of an input buffer for rows of k values.
+Acts shaped(const Acts& acts, int k) { return {acts.tiles, acts.rows, padded(k) / kGroup, padded(k)}; }
+
+// What is to be done of QKV at once: one head, so that the thread that has a head's values rotates and stores them too.
+// A head that does not fill panels (head_dim % 32 != 0), or is normalised with the others, makes its whole matrix one unit.
+struct Unit {
+  Target target;
+  const Matrix* matrix;
+  int first_head, num_heads, first_panel, end_panel;
+};
+
+// Linear layers. Knows the model and what it is given, so that a thread whose job is over may be at it still.
+struct Linear {
+  const Model& m;
+  const Kernels& k = *m.kernels;
+  const Network& net = m.network;
+
+  // out (count, stride) (+)= panels first_panel .. end_panel of `matrix` times acts. `out` is where panel 0 would go.
+  void project(const Matrix& matrix, const Acts& acts, int count, int first_panel, int end_panel, float* out,
+               ptrdiff_t stride, bool is_added) const {
+    for (int p = first_panel; p < end_panel; ++p) {
+      const uint8_t* panel = matrix.data + static_cast<size_t>(p) * matrix.panel_bytes;
+      float* to = out + p * kPanel;
+      if (matrix.is_quantised())  // while a panel is at work the next one is fetched
+        k.linear(matrix.kind, panel, acts.num_groups, acts.tiles, count, to, stride, is_added, panel + matrix.panel_bytes);
+      else
+        k.linear_f32(reinterpret_cast<const float*>(panel), matrix.k, acts.rows, acts.stride, count, to, stride, is_added);
+    }
+  }
+
+  // ---- adapters: out += B (A x) for the rows that have one, each row by itself. `adapters`: of the rows; null: none has ----
+
+  // A x of one row, the i-th of those at work, for all matrices that read this input.
+  void adapt_input(int layer, Input input, const Adapter* adapter, int i, const float* x, int size, Scratch& s) const {
+    if (!adapter) return;
+    const AdapterLayer& l = adapter->layer(layer);
+    for (int p = 0; p * kPanel < l.stacked[input]; ++p)
+      k.linear_f32(l.a[input] + static_cast<ptrdiff_t>(p) * size * kPanel, size, x, 0, 1, s.adapted + i * kMaxStacked + p * kPanel, 0,
+                   false);
+  }
+
+  // What `project` gave, in the same place.
+  void adapt(int layer, Target target, const Adapter* const* adapters, int count, int first_panel, int end_panel, float* out,
+             ptrdiff_t stride, const Scratch& s) const {
+    for (int i = 0; i < count && adapters; ++i) {
+      if (!adapters[i]) continue;
+      const AdapterLayer::Part& part = adapters[i]->layer(layer).part[target];
+      for (int p = first_panel; p < end_panel && part.b; ++p)
+        k.linear_f32(part.b + static_cast<ptrdiff_t>(p) * part.rank * kPanel, part.rank, s.adapted + i * kMaxStacked + part.first, 0, 1,
+                     out + i * stride + p * kPanel, 0, true);
+    }
+  }
+
+  // ---- QKV ----
+
+  bool is_head_unit() const { return net.head_dim % kPanel == 0 && !net.is_qk_norm_joint; }
+  int num_units() const { return is_head_unit() ? net.num_heads + 2 * net.num_kv_heads : 3; }
+
+  Unit unit(int layer, int i) const {
+    const Layer& l = m.layers[static_cast<size_t>(layer)];
+    const int q_units = is_head_unit() ? net.num_heads : 1, kv_units = is_head_unit() ? net.num_kv_heads : 1;
+    const Target target = i < q_units ? kTargetQ : (i < q_units + kv_units ? kTargetK : kTargetV);
+    const Matrix& matrix = target == kTargetQ ? l.q : (target == kTargetK ? l.k : l.v);
+    if (!is_head_unit()) return {target, &matrix, 0, target == kTargetQ ? net.num_heads : net.num_kv_heads, 0, matrix.num_panels};
+    const int head = target == kTargetQ ? i : (i - q_units) % kv_units, panels = net.head_dim / kPanel;
+    return {target, &matrix, head, 1, head * panels, (head + 1) * panels};
+  }
+
+  // Floats from a row of all heads to the next.
+  ptrdiff_t stride(const Unit& u) const { return padded(u.target == kTargetQ ? m.heads_size() : m.kv_size()); }
+
+  // The values of a unit's heads, where they lie among all heads of a row.
+  void qkv(int layer, const Unit& u, const Acts& in, const Adapter* const* adapters, int count, float* out, ptrdiff_t stride,
+           const Scratch& s) const {
+    project(*u.matrix, in, count, u.first_panel, u.end_panel, out, stride, false);
+    adapt(layer, u.target, adapters, count, u.first_panel, u.end_panel, out, stride, s);
+  }
+
+  // ---- FFN ----
+
+  // Panel p of what goes into down -> s.gate (count, 32).
+  void gate_up(int layer, int p, const Acts& in, const Adapter* const* adapters, int count, Scratch& s) const {
+    const Layer& l = m.layers[static_cast<size_t>(layer)];
+    project(l.gate, in, count, p, p + 1, s.gate - p * kPanel, kPanel, false);
+    project(l.up, in, count, p, p + 1, s.up - p * kPanel, kPanel, false);
+    adapt(layer, kTargetGate, adapters, count, p, p + 1, s.gate - p * kPanel, kPanel, s);
+    adapt(layer, kTargetUp, adapters, count, p, p + 1, s.up - p * kPanel, kPanel, s);
+    m.gate_mul(s.gate, s.up, count * kPanel, s.gate);
+  }
+};
+
+// ---- what may be computed twice: pieces of jobs with few rows. Weights and the thread's own Scratch, nothing else ----
+
+void compute_qkv(void* scratch, int piece) {
+  Scratch& s = *static_cast<Scratch*>(scratch);
+  const Linear linear{*s.model};
+  const Unit unit = linear.unit(s.layer, piece);
+  linear.qkv(s.layer, unit, shaped(s.in, linear.net.hidden_size), s.adapters, s.num_rows, s.heads, linear.stride(unit), s);
+}
+
+// A panel of what goes onto the residual stream -> s.gate (rows, 32).
+void compute_panel(Target target, const Matrix& matrix, const Acts& in, int p, Scratch& s) {
+  const Linear linear{*s.model};
+  linear.project(matrix, in, s.num_rows, p, p + 1, s.gate - p * kPanel, kPanel, false);
+  linear.adapt(s.layer, target, s.adapters, s.num_rows, p, p + 1, s.gate - p * kPanel, kPanel, s);
+}
+
+void compute_out(void* scratch, int piece) {
+  Scratch& s = *static_cast<Scratch*>(scratch);
+  compute_panel(kTargetO, s.model->layers[static_cast<size_t>(s.layer)].o, shaped(s.in, s.model->heads_size()), piece, s);
+}
+
+void compute_gate_up(void* scratch, int piece) {
+  Scratch& s = *static_cast<Scratch*>(scratch);
+  Linear{*s.model}.gate_up(s.layer, piece, shaped(s.in, s.model->network.hidden_size), s.adapters, s.num_rows, s);
+}
+
+void compute_down(void* scratch, int piece) {
+  Scratch& s = *static_cast<Scratch*>(scratch);
+  compute_panel(kTargetDown, s.model->layers[static_cast<size_t>(s.layer)].down, s.down, piece, s);
+}
+
+void compute_head(void* scratch, int piece) {
+  Scratch& s = *static_cast<Scratch*>(scratch);
+  const Matrix& head = s.model->head;
+  const int first = piece * kHeadPanels;
+  Linear{*s.model}.project(head, shaped(s.in, s.model->network.hidden_size), s.num_rows, first,
+                           std::min(head.num_panels, first + kHeadPanels), s.head - first * kPanel, kHeadPanels * kPanel, false);
+}
+
+class Step : private Chain {
  public:
   Step(KvPool& pool, Workspace& workspace, const Batch& batch)
       : pool_(pool), w_(workspace), m_(workspace.model), net_(m_.network), k_(*m_.kernels), kv_(k_.kv[static_cast<int>(pool.type)]), b_(batch) {}
 
   bool run() {
     prepare();
-    embed();
-    keep(0, 0, b_.num_rows);
-    const bool is_done = b_.num_rows <= kFewRows ? run_few() : run_many();
-    if (is_done) head();
+    flows_.reserve(3);
+    flows_.push_back(embed());
+    flows_.push_back(b_.num_rows <= kFewRows ? run_few() : run_many());
+    flows_.push_back(head());
+    m_.threads->run(*this);
     if (const int point = w_.bad_point.load(); point >= 0) throw std::runtime_error(describe(point));
-    return is_done;
+    return !is_abandoned_;
   }
 
  private:
+  // ---- the chain ----
+
+  Job next(int thread) override {
+    if (job_.num_pieces > 0) w_.phase_ns[phase_] += now_ns() - start_ns_;
+    thread_ = thread;
+    job_ = {};
+    while (flow_ < flows_.size() && job_.num_pieces == 0 && !is_abandoned_) {
+      flows_[flow_].go_on();
+      if (flows_[flow_].is_over()) ++flow_;
+    }
+    start_ns_ = now_ns();
+    return job_;
+  }
+
+  std::suspend_always post(Phase phase, const Job& job) {
+    phase_ = phase;
+    job_ = job;
+    return {};
+  }
+
+  // A job whose pieces are run once: work(piece, thread), which lives in the frame of the flow that waits.
+  template <class F>
+  std::suspend_always post(Phase phase, int num_pieces, F& work) {
+    return post(phase, {num_pieces, &work, [](void* context, int piece, int thread) { (*static_cast<F*>(context))(piece, thread); }});
+  }
+
+  // A repeatable one: prepare(scratch), compute(scratch, piece), commit(piece, scratch).
+  template <class P, class C>
+  struct Parts {
+    Step& step;
+    P prepare;
+    C commit;
+  };
+  template <class P, class C>
+  Parts<P, C> parts(P prepare, C commit) {
+    return {*this, prepare, commit};
+  }
+
+  template <class P, class C>
+  std::suspend_always post(Phase phase, int num_pieces, Parts<P, C>& parts, void (*compute)(void*, int)) {
+    const auto commit = [](void* context, int piece, int thread) {
+      auto& p = *static_cast<Parts<P, C>*>(context);
+      p.commit(piece, p.step.scratch(thread));
+    };
+    const auto prepare = [](void* context, int thread) -> void* {
+      auto& p = *static_cast<Parts<P, C>*>(context);
+      Scratch& s = p.step.scratch(thread);
+      p.prepare(s);
+      return &s;
+    };
+    return post(phase, {num_pieces, &parts, commit, prepare, compute});
+  }
+
   // ---- preparation ----
 
   void prepare() {
@@ -118,19 +305,11 @@ class Step {
     }
   }
 
-  template <class F>
-  void timed(Phase phase, int num_pieces, F&& work) {
-    const int64_t start = now_ns();
-    ++w_.job;
-    m_.threads->run(num_pieces, work);
-    w_.phase_ns[phase] += now_ns() - start;
-  }
-
   // ---- rows in ----
 
-  void embed() {
+  Flow embed() {
     const int step = 16, stride = m_.hidden_padded();
-    timed(kEmbed, (b_.num_rows + step - 1) / step, [&](int piece, int) {
+    auto work = [&](int piece, int) {
       for (int r = piece * step; r < std::min(b_.num_rows, (piece + 1) * step); ++r) {
         float* x = w_.x + static_cast<ptrdiff_t>(r) * stride;
         unpack_row(m_.embedding.kind, m_.embedding.data, net_.hidden_size, b_.token[r], stride, x);
@@ -138,7 +317,9 @@ class Step {
           for (int i = 0; i < net_.hidden_size; ++i) x[i] *= net_.embedding_scale;
         for (size_t rope = 0; rope < m_.rope_frequencies.size(); ++rope) turn(rope, r);
       }
-    });
+    };
+    co_await post(kEmbed, (b_.num_rows + step - 1) / step, work);
+    keep(0, 0, b_.num_rows);
   }
 
   // How far each pair of dimensions of row r turns, under one of the model's bases.
@@ -171,9 +352,6 @@ class Step {
     return y;
   }
 
-  // A view of the thread's input buffer for rows of k values.
-  static Acts shaped(const Acts& acts, int k) { return {acts.tiles, acts.rows, padded(k) / kGroup, padded(k)}; }
-
   Acts attention_input(int layer, int first, int count, Scratch& s) {
     const Layer& l = m_.layers[static_cast<size_t>(layer)];
     const Acts acts = shaped(s.in, net_.hidden_size);
@@ -181,7 +359,7 @@ class Step {
     const bool is_float = !l.q.is_quantised() || !l.k.is_quantised() || !l.v.is_quantised();
     for (int i = 0; i < count; ++i) {
       const float* y = normalise(row_x(first + i), l.attn_norm, 2 * layer, i, is_float, is_quantised, s, acts);
-      adapt_input(layer, kInputQkv, first + i, i, y, net_.hidden_size, s);
+      linear_.adapt_input(layer, kInputQkv, adapter(first + i), i, y, net_.hidden_size, s);
     }
     return acts;
   }
@@ -193,7 +371,7 @@ class Step {
     const bool is_float = !l.gate.is_quantised() || !l.up.is_quantised();
     for (int i = 0; i < count; ++i) {
       const float* y = normalise(row_x(first + i), l.ffn_norm, 2 * layer + 1, i, is_float, is_quantised, s, acts);
-      adapt_input(layer, kInputGateUp, first + i, i, y, net_.hidden_size, s);
+      linear_.adapt_input(layer, kInputGateUp, adapter(first + i), i, y, net_.hidden_size, s);
     }
     return acts;
   }
@@ -207,7 +385,7 @@ class Step {
       if (layer + 1 == net_.num_layers && b_.out[first + i] == 0) std::fill_n(row, w_.q_stride, 0.0f);
       else join_heads(first + i, row);
       if (is_quantised) fill(acts, i, row);
-      adapt_input(layer, kInputO, first + i, i, row, m_.heads_size(), s);
+      linear_.adapt_input(layer, kInputO, adapter(first + i), i, row, m_.heads_size(), s);
     }
     return acts;
   }
@@ -239,72 +417,35 @@ class Step {
 
   // ---- linear layers ----
 
-  // out (count, stride) (+)= panels first_panel .. end_panel of `matrix` times acts. `out` is where panel 0 would go.
-  void project(const Matrix& matrix, const Acts& acts, int count, int first_panel, int end_panel, float* out,
-               ptrdiff_t stride, bool is_added) {
-    for (int p = first_panel; p < end_panel; ++p) {
-      const uint8_t* panel = matrix.data + static_cast<size_t>(p) * matrix.panel_bytes;
-      float* to = out + p * kPanel;
-      if (matrix.is_quantised())  // while a panel is at work the next one is fetched
-        k_.linear(matrix.kind, panel, acts.num_groups, acts.tiles, count, to, stride, is_added, panel + matrix.panel_bytes);
-      else
-        k_.linear_f32(reinterpret_cast<const float*>(panel), matrix.k, acts.rows, acts.stride, count, to, stride, is_added);
-    }
-  }
-
-  // ---- adapters: out += B (A x) for the rows that have one, each row by itself ----
-
-  // A x of row r, the i-th of those at work, for all matrices that read this input.
-  void adapt_input(int layer, Input input, int r, int i, const float* x, int k, Scratch& s) {
-    if (!has_adapters_ || !w_.adapter_of[r]) return;
-    const AdapterLayer& l = w_.adapter_of[r]->layer(layer);
-    for (int p = 0; p * kPanel < l.stacked[input]; ++p)
-      k_.linear_f32(l.a[input] + static_cast<ptrdiff_t>(p) * k * kPanel, k, x, 0, 1, s.adapted + i * kMaxStacked + p * kPanel, 0, false);
-  }
+  const Adapter* adapter(int r) const { return w_.adapter_of[r]; }
+  // Of rows from `first` on; null: none has one.
+  const Adapter* const* adapters(int first) const { return has_adapters_ ? w_.adapter_of + first : nullptr; }
 
   // The input of down, which is there in full only when all panels of gate and up are done.
   void adapt_down_input(int layer, int first, int count, const Acts& ffn, Scratch& s) {
     for (int i = 0; i < count && has_adapters_; ++i)
-      adapt_input(layer, kInputDown, first + i, i, ffn.rows + static_cast<ptrdiff_t>(i) * ffn.stride, m_.ffn_size(), s);
+      linear_.adapt_input(layer, kInputDown, adapter(first + i), i, ffn.rows + static_cast<ptrdiff_t>(i) * ffn.stride, m_.ffn_size(), s);
   }
 
-  // What `project` gave for rows first .. first + count, in the same place.
-  void adapt(int layer, Target target, int first, int count, int first_panel, int end_panel, float* out, ptrdiff_t stride,
-             const Scratch& s) {
-    for (int i = 0; i < count && has_adapters_; ++i) {
-      if (!w_.adapter_of[first + i]) continue;
-      const AdapterLayer::Part& part = w_.adapter_of[first + i]->layer(layer).part[target];
-      for (int p = first_panel; p < end_panel && part.b; ++p)
-        k_.linear_f32(part.b + static_cast<ptrdiff_t>(p) * part.rank * kPanel, part.rank, s.adapted + i * kMaxStacked + part.first, 0,
-                      1, out + i * stride + p * kPanel, 0, true);
-    }
+  void qkv_unit(int layer, int i, const Acts& in, int first, int count, Scratch& s) {
+    const Unit unit = linear_.unit(layer, i);
+    float* out = unit.target == kTargetQ ? w_.q + static_cast<ptrdiff_t>(first) * w_.q_stride : s.heads;
+    linear_.qkv(layer, unit, in, adapters(first), count, out, linear_.stride(unit), s);
+    finish_unit(layer, unit, first, count, out, s);
   }
 
-  // QKV is worked on in units of one head, so that the thread that has a head's values rotates and stores them too.
-  // A head that does not fill panels (head_dim % 32 != 0), or is normalised with the others, makes its whole matrix one unit.
-  bool is_head_unit() const { return net_.head_dim % kPanel == 0 && !net_.is_qk_norm_joint; }
-  int num_units() const { return is_head_unit() ? net_.num_heads + 2 * net_.num_kv_heads : 3; }
-
-  void qkv_unit(int layer, int unit, const Acts& acts, int first, int count, Scratch& s) {
+  // Bias, norm and rotation of a unit's heads, in place; keys and values go to the pool.
+  void finish_unit(int layer, const Unit& unit, int first, int count, float* values, Scratch& s) {
     const Layer& l = m_.layers[static_cast<size_t>(layer)];
-    const int q_units = is_head_unit() ? net_.num_heads : 1, kv_units = is_head_unit() ? net_.num_kv_heads : 1;
-    const bool is_query = unit < q_units, is_key = !is_query && unit < q_units + kv_units;
-    const Matrix& matrix = is_query ? l.q : (is_key ? l.k : l.v);
-    const int local = is_query ? unit : (unit - q_units) % kv_units;
-    const int heads = is_head_unit() ? 1 : (is_query ? net_.num_heads : net_.num_kv_heads), first_head = local;
-    const int panels = is_head_unit() ? net_.head_dim / kPanel : matrix.num_panels;
-    float* base = is_query ? w_.q + static_cast<ptrdiff_t>(first) * w_.q_stride : s.heads;
-    const ptrdiff_t stride = is_query ? w_.q_stride : padded(m_.kv_size());
-    project(matrix, acts, count, local * panels, (local + 1) * panels, base, stride, false);
-    adapt(layer, is_query ? kTargetQ : (is_key ? kTargetK : kTargetV), first, count, local * panels, (local + 1) * panels, base,
-          stride, s);
+    const bool is_query = unit.target == kTargetQ, is_key = unit.target == kTargetK;
     const float* bias = is_query ? l.q_bias : (is_key ? l.k_bias : l.v_bias);
     const float* norm = is_query ? l.q_norm : (is_key ? l.k_norm : nullptr);
+    const int at = unit.first_head * net_.head_dim, size = unit.num_heads * net_.head_dim;
     for (int i = 0; i < count; ++i) {
-      float* row = base + i * stride;
-      if (bias) add(bias + first_head * net_.head_dim, heads * net_.head_dim, row + first_head * net_.head_dim);
-      if (norm && net_.is_qk_norm_joint) normalise_in_place(row, norm, heads * net_.head_dim, s);
-      for (int h = first_head; h < first_head + heads; ++h) {
+      float* row = values + i * linear_.stride(unit);
+      if (bias) add(bias + at, size, row + at);
+      if (norm && net_.is_qk_norm_joint) normalise_in_place(row, norm, size, s);
+      for (int h = unit.first_head; h < unit.first_head + unit.num_heads; ++h) {
         float* head = row + h * net_.head_dim;
         if (norm && !net_.is_qk_norm_joint) normalise_in_place(head, norm, net_.head_dim, s);
         if (is_query) rotate(l, first + i, head, m_.attention_scale);
@@ -342,19 +483,8 @@ class Step {
     }
   }
 
-  // Panel p of what goes into down, for rows first .. first + count.
-  void gate_up_panel(int layer, int p, const Acts& in, int first, int count, const Acts& ffn, Scratch& s) {
-    const Layer& l = m_.layers[static_cast<size_t>(layer)];
-    project(l.gate, in, count, p, p + 1, s.gate - p * kPanel, kPanel, false);
-    project(l.up, in, count, p, p + 1, s.up - p * kPanel, kPanel, false);
-    adapt(layer, kTargetGate, first, count, p, p + 1, s.gate - p * kPanel, kPanel, s);
-    adapt(layer, kTargetUp, first, count, p, p + 1, s.up - p * kPanel, kPanel, s);
-    activate(p, count, l.down.is_quantised(), ffn, s);
-  }
-
-  // Panel p of gate and up -> panel p of what goes into down.
-  void activate(int p, int count, bool is_quantised, const Acts& ffn, Scratch& s) {
-    m_.gate_mul(s.gate, s.up, count * kPanel, s.gate);
+  // Panel p of what goes into down, from s.gate.
+  void put_ffn(int p, int count, bool is_quantised, const Acts& ffn, const Scratch& s) {
     for (int i = 0; i < count; ++i) {
       const float* y = s.gate + i * kPanel;
       if (is_quantised) k_.quantise(y, 1, ffn.group(k_, i, p), i % k_.tile_rows);
@@ -409,14 +539,12 @@ class Step {
     return num_busy;
   }
 
-  void experts(int layer) {
-    const int num_busy = sort_pairs(layer), num_pairs = num_pairs_of(layer);
-    timed(kGateUp, num_busy, [&](int piece, int thread) {
-      const int e = w_.busy_experts[piece];
-      const int end = piece + 1 < num_busy ? w_.expert_start[w_.busy_experts[piece + 1]] : num_pairs;
-      for (int first = w_.expert_start[e]; first < end; first += kMaxBlockRows)
-        run_expert(layer, e, first, std::min(kMaxBlockRows, end - first), scratch(thread));
-    });
+  // The rows of one expert.
+  void run_busy_expert(int layer, int piece, int num_busy, Scratch& s) {
+    const int e = w_.busy_experts[piece];
+    const int end = piece + 1 < num_busy ? w_.expert_start[w_.busy_experts[piece + 1]] : num_pairs_of(layer);
+    for (int first = w_.expert_start[e]; first < end; first += kMaxBlockRows)
+      run_expert(layer, e, first, std::min(kMaxBlockRows, end - first), s);
   }
 
   int num_pairs_of(int layer) const {
@@ -434,11 +562,12 @@ class Step {
       normalise(row_x(w_.pair_row[first + i]), l.ffn_norm, 2 * layer + 1, i, !gate.is_quantised() || !up.is_quantised(),
                 gate.is_quantised() || up.is_quantised(), s, in);
     for (int p = 0; p < gate.num_panels; ++p) {
-      project(gate, in, count, p, p + 1, s.gate - p * kPanel, kPanel, false);
-      project(up, in, count, p, p + 1, s.up - p * kPanel, kPanel, false);
-      activate(p, count, down.is_quantised(), s.ffn, s);
+      linear_.project(gate, in, count, p, p + 1, s.gate - p * kPanel, kPanel, false);
+      linear_.project(up, in, count, p, p + 1, s.up - p * kPanel, kPanel, false);
+      m_.gate_mul(s.gate, s.up, count * kPanel, s.gate);
+      put_ffn(p, count, down.is_quantised(), s.own_ffn, s);
     }
-    project(down, s.ffn, count, 0, down.num_panels, w_.expert_out + static_cast<ptrdiff_t>(first) * m_.hidden_padded(),
+    linear_.project(down, s.own_ffn, count, 0, down.num_panels, w_.expert_out + static_cast<ptrdiff_t>(first) * m_.hidden_padded(),
             m_.hidden_padded(), false);
   }
 
@@ -467,10 +596,13 @@ class Step {
     }
   }
 
-  // The same, rows shared out among the threads.
-  void add_branches(Phase phase, const float* post_norm) {
-    if (post_norm)
-      timed(phase, b_.num_rows, [&](int r, int thread) { add_branch(post_norm, r, 1, scratch(thread)); });
+  // Panel p of what attention or FFN gave, for all of a few rows, from s.gate.
+  void put_branch(const float* post_norm, int p, const Scratch& s) {
+    for (int i = 0; i < b_.num_rows; ++i) {
+      float* to = branch(post_norm, i) + p * kPanel;
+      if (post_norm) std::copy_n(s.gate + i * kPanel, kPanel, to);
+      else add(s.gate + i * kPanel, kPanel, to);
+    }
   }
 
   // ---- attention ----
@@ -506,78 +638,107 @@ class Step {
     kv_.attention(&call);
   }
 
-  void attention(int layer) {
-    const auto& pieces = layer + 1 == net_.num_layers ? w_.last_pieces : w_.pieces;
+  // In the last layer only those of which something is wanted. The queries of the row that is measured are kept here.
+  const std::vector<AttentionPiece>& attention_pieces(int layer) {
     if (b_.measured >= 0)
       std::copy_n(w_.q + static_cast<ptrdiff_t>(b_.measured) * w_.q_stride, w_.q_stride,
                   w_.measured + static_cast<ptrdiff_t>(layer) * w_.q_stride);
-    timed(kAttention, static_cast<int>(pieces.size()),
-          [&](int piece, int thread) { attend(layer, pieces[static_cast<size_t>(piece)], scratch(thread)); });
+    return layer + 1 == net_.num_layers ? w_.last_pieces : w_.pieces;
   }
 
   Scratch& scratch(int thread) { return w_.scratch[static_cast<size_t>(thread)]; }
-  bool is_stopped() const { return w_.is_stop_requested.load(std::memory_order_relaxed); }
+  // Asked between layers; the chain then ends.
+  bool is_stopped() { return is_abandoned_ = w_.is_stop_requested.load(std::memory_order_relaxed); }
 
   // ---- few rows: threads split outputs ----
 
-  // The thread's input for this job, made on its first piece of it.
-  template <class F>
-  Acts prepared(Scratch& s, int k, F&& make) {
-    if (s.prepared == w_.job) return shaped(s.in, k);
-    s.prepared = w_.job;
-    return make();
+  // What compute_... of this layer reads beside its input. Few rows: all of the step, or of a block of the head.
+  void take_along(int layer, int count, Scratch& s) {
+    s.model = &m_;
+    s.layer = layer;
+    s.num_rows = count;
+    s.adapters = has_adapters_ ? s.row_adapters : nullptr;
+    if (has_adapters_) std::copy_n(w_.adapter_of, std::min(count, b_.num_rows), s.row_adapters);
+    s.down_index.store(-1, std::memory_order_release);
   }
 
-  bool run_few() {
+  // One of the inputs of down that no late thread reads.
+  int free_ffn() const {
+    for (int i = 0;; ++i)
+      if (std::none_of(w_.scratch.begin(), w_.scratch.end(), [&](const Scratch& s) { return s.down_index.load(std::memory_order_acquire) == i; }))
+        return i;
+  }
+
+  Flow run_few() {
     const int n = b_.num_rows;
     for (int layer = 0; layer < b_.depth; ++layer) {
-      if (is_stopped()) return false;
+      if (is_stopped()) co_return;
       const Layer& l = m_.layers[static_cast<size_t>(layer)];
-      timed(kQkv, num_units(), [&](int unit, int thread) {
-        Scratch& s = scratch(thread);
-        const Acts in = prepared(s, net_.hidden_size, [&] { return attention_input(layer, 0, n, s); });
-        qkv_unit(layer, unit, in, 0, n, s);
-      });
-      if (layer + 1 == net_.num_layers && !is_any_needed(0, n)) return true;
-      attention(layer);
-      timed(kOut, l.o.num_panels, [&](int p, int thread) {
-        Scratch& s = scratch(thread);
-        const Acts in = prepared(s, m_.heads_size(), [&] { return out_input(layer, 0, n, s); });
-        float* out = branch(l.post_attn_norm, 0);
-        project(l.o, in, n, p, p + 1, out, m_.hidden_padded(), !l.post_attn_norm);
-        adapt(layer, kTargetO, 0, n, p, p + 1, out, m_.hidden_padded(), s);
-      });
-      add_branches(kOut, l.post_attn_norm);
+      auto qkv = parts([&](Scratch& s) {
+                  take_along(layer, n, s);
+                  attention_input(layer, 0, n, s);
+                },
+                [&](int i, Scratch& s) {
+                  const Unit unit = linear_.unit(layer, i);
+                  finish_unit(layer, unit, 0, n, s.heads, s);
+                  if (unit.target == kTargetQ) put_queries(unit, n, s);
+                });
+      co_await post(kQkv, linear_.num_units(), qkv, compute_qkv);
+      if (layer + 1 == net_.num_layers && !is_any_needed(0, n)) co_return;
+      const auto& pieces = attention_pieces(layer);
+      auto attend_piece = [&](int piece, int thread) { attend(layer, pieces[static_cast<size_t>(piece)], scratch(thread)); };
+      co_await post(kAttention, static_cast<int>(pieces.size()), attend_piece);
+      auto out = parts([&](Scratch& s) {
+                  take_along(layer, n, s);
+                  out_input(layer, 0, n, s);
+                },
+                [&](int p, Scratch& s) { put_branch(l.post_attn_norm, p, s); });
+      co_await post(kOut, l.o.num_panels, out, compute_out);
+      auto add_attention = [&](int r, int thread) { add_branch(l.post_attn_norm, r, 1, scratch(thread)); };
+      co_await post(kOut, l.post_attn_norm ? n : 0, add_attention);
       if (l.has_experts()) {
-        timed(kGateUp, n, [&](int r, int thread) { route(layer, r, scratch(thread)); });
-        experts(layer);
-        timed(kDown, n, [&](int r, int) { add_experts(layer, r, 1); });
+        auto route_row = [&](int r, int thread) { route(layer, r, scratch(thread)); };
+        co_await post(kGateUp, n, route_row);
+        const int num_busy = sort_pairs(layer);
+        auto expert = [&](int piece, int thread) { run_busy_expert(layer, piece, num_busy, scratch(thread)); };
+        co_await post(kGateUp, num_busy, expert);
+        auto add_row = [&](int r, int) { add_experts(layer, r, 1); };
+        co_await post(kDown, n, add_row);
         keep(layer + 1, 0, n);
         continue;
       }
-      timed(kGateUp, l.gate.num_panels, [&](int p, int thread) {
-        Scratch& s = scratch(thread);
-        const Acts in = prepared(s, net_.hidden_size, [&] { return ffn_input(layer, 0, n, s); });
-        gate_up_panel(layer, p, in, 0, n, w_.ffn, s);
-      });
-      timed(kDown, l.down.num_panels, [&](int p, int thread) {
-        Scratch& s = scratch(thread);
-        if (std::exchange(s.prepared, w_.job) != w_.job) adapt_down_input(layer, 0, n, w_.ffn, s);
-        float* out = branch(l.post_ffn_norm, 0);
-        project(l.down, w_.ffn, n, p, p + 1, out, m_.hidden_padded(), !l.post_ffn_norm);
-        adapt(layer, kTargetDown, 0, n, p, p + 1, out, m_.hidden_padded(), s);
-      });
-      add_branches(kDown, l.post_ffn_norm);
+      const int index = free_ffn();
+      const Acts& ffn = w_.ffn[static_cast<size_t>(index)];
+      auto gate_up = parts([&](Scratch& s) {
+                      take_along(layer, n, s);
+                      ffn_input(layer, 0, n, s);
+                    },
+                    [&](int p, Scratch& s) { put_ffn(p, n, l.down.is_quantised(), ffn, s); });
+      co_await post(kGateUp, l.gate.num_panels, gate_up, compute_gate_up);
+      auto down = parts([&](Scratch& s) {
+                   take_along(layer, n, s);
+                   s.down = ffn;
+                   s.down_index.store(index, std::memory_order_relaxed);
+                   adapt_down_input(layer, 0, n, ffn, s);
+                 },
+                 [&](int p, Scratch& s) { put_branch(l.post_ffn_norm, p, s); });
+      co_await post(kDown, l.down.num_panels, down, compute_down);
+      auto add_ffn = [&](int r, int thread) { add_branch(l.post_ffn_norm, r, 1, scratch(thread)); };
+      co_await post(kDown, l.post_ffn_norm ? n : 0, add_ffn);
       keep(layer + 1, 0, n);
     }
-    return true;
+  }
+
+  void put_queries(const Unit& unit, int count, const Scratch& s) {
+    const int at = unit.first_head * net_.head_dim, size = unit.num_heads * net_.head_dim;
+    for (int i = 0; i < count; ++i) std::copy_n(s.heads + i * w_.q_stride + at, size, w_.q + static_cast<ptrdiff_t>(i) * w_.q_stride + at);
   }
 
   // ---- many rows: threads split rows ----
 
   void qkv_rows(int layer, int first, int count, Scratch& s) {
     const Acts in = attention_input(layer, first, count, s);
-    for (int unit = 0; unit < num_units(); ++unit) qkv_unit(layer, unit, in, first, count, s);
+    for (int unit = 0; unit < linear_.num_units(); ++unit) qkv_unit(layer, unit, in, first, count, s);
   }
 
   void finish_rows(int layer, int first, int count, Scratch& s) {
@@ -589,23 +750,26 @@ class Step {
   void out_rows(int layer, int first, int count, Scratch& s) {
     const Layer& l = m_.layers[static_cast<size_t>(layer)];
     float* out = branch(l.post_attn_norm, first);
-    project(l.o, out_input(layer, first, count, s), count, 0, l.o.num_panels, out, m_.hidden_padded(), !l.post_attn_norm);
-    adapt(layer, kTargetO, first, count, 0, l.o.num_panels, out, m_.hidden_padded(), s);
+    linear_.project(l.o, out_input(layer, first, count, s), count, 0, l.o.num_panels, out, m_.hidden_padded(), !l.post_attn_norm);
+    linear_.adapt(layer, kTargetO, adapters(first), count, 0, l.o.num_panels, out, m_.hidden_padded(), s);
     add_branch(l.post_attn_norm, first, count, s);
   }
 
   void ffn_rows(int layer, int first, int count, Scratch& s) {
     const Layer& l = m_.layers[static_cast<size_t>(layer)];
     const Acts in = ffn_input(layer, first, count, s);
-    for (int p = 0; p < l.gate.num_panels; ++p) gate_up_panel(layer, p, in, first, count, s.ffn, s);
-    adapt_down_input(layer, first, count, s.ffn, s);
+    for (int p = 0; p < l.gate.num_panels; ++p) {
+      linear_.gate_up(layer, p, in, adapters(first), count, s);
+      put_ffn(p, count, l.down.is_quantised(), s.own_ffn, s);
+    }
+    adapt_down_input(layer, first, count, s.own_ffn, s);
     float* out = branch(l.post_ffn_norm, first);
-    project(l.down, s.ffn, count, 0, l.down.num_panels, out, m_.hidden_padded(), !l.post_ffn_norm);
-    adapt(layer, kTargetDown, first, count, 0, l.down.num_panels, out, m_.hidden_padded(), s);
+    linear_.project(l.down, s.own_ffn, count, 0, l.down.num_panels, out, m_.hidden_padded(), !l.post_ffn_norm);
+    linear_.adapt(layer, kTargetDown, adapters(first), count, 0, l.down.num_panels, out, m_.hidden_padded(), s);
     add_branch(l.post_ffn_norm, first, count, s);
   }
 
-  bool run_many() {
+  Flow run_many() {
     const int tiles = (b_.num_rows + k_.tile_rows - 1) / k_.tile_rows, most = kMaxBlockRows / k_.tile_rows;
     const int threads = m_.threads->num_threads();
     const int blocks = std::min(tiles, ((tiles + most - 1) / most + threads - 1) / threads * threads);
@@ -613,74 +777,83 @@ class Step {
       return std::min(b_.num_rows, static_cast<int>(int64_t{tiles} * block / blocks) * k_.tile_rows);
     };
     for (int layer = 0; layer <= b_.depth; ++layer) {
-      if (is_stopped()) return false;
-      timed(kLayers, blocks, [&](int block, int thread) {
+      if (is_stopped()) co_return;
+      auto rows = [&](int block, int thread) {
         const int first = first_row(block), count = first_row(block + 1) - first;
         const bool is_last = layer == b_.depth;
         if (layer > 0 && (!is_last || is_any_needed(first, first + count))) finish_rows(layer - 1, first, count, scratch(thread));
         if (layer > 0) keep(layer, first, first + count);
         if (!is_last) qkv_rows(layer, first, count, scratch(thread));
-      });
+      };
+      co_await post(kLayers, blocks, rows);
       if (layer == b_.depth) break;
-      attention(layer);
+      const auto& pieces = attention_pieces(layer);
+      auto attend_piece = [&](int piece, int thread) { attend(layer, pieces[static_cast<size_t>(piece)], scratch(thread)); };
+      co_await post(kAttention, static_cast<int>(pieces.size()), attend_piece);
       if (!m_.layers[static_cast<size_t>(layer)].has_experts()) continue;
-      timed(kLayers, blocks, [&](int block, int thread) {
+      auto route_rows = [&](int block, int thread) {
         const int first = first_row(block), end = first_row(block + 1);
         out_rows(layer, first, end - first, scratch(thread));
         for (int r = first; r < end; ++r) route(layer, r, scratch(thread));
-      });
-      experts(layer);
+      };
+      co_await post(kLayers, blocks, route_rows);
+      const int num_busy = sort_pairs(layer);
+      auto expert = [&](int piece, int thread) { run_busy_expert(layer, piece, num_busy, scratch(thread)); };
+      co_await post(kGateUp, num_busy, expert);
     }
-    return true;
   }
 
   // ---- what is wanted of the rows ----
 
-  void head() {
-    const int64_t start = now_ns();
-    for (size_t i = 0; i < w_.logits_rows.size(); i += kMaxBlockRows)
-      head_block(w_.logits_rows, i, w_.logits + static_cast<ptrdiff_t>(i) * w_.vocab_padded);
-    for (size_t i = 0; i < w_.score_rows.size(); i += kMaxBlockRows) {
-      head_block(w_.score_rows, i, w_.score_logits);
-      score_block(i);
+  Flow head() {
+    const std::vector<int32_t>* lists[] = {&w_.logits_rows, &w_.score_rows};
+    for (const auto* rows : lists) {
+      const bool is_score = rows == &w_.score_rows;
+      for (size_t i = 0; i < rows->size(); i += kMaxBlockRows) {
+        const int count = static_cast<int>(std::min<size_t>(kMaxBlockRows, rows->size() - i));
+        float* out = is_score ? w_.score_logits : w_.logits + static_cast<ptrdiff_t>(i) * w_.vocab_padded;
+        auto logits = parts([&](Scratch& s) { head_input(rows->data() + i, count, s); },
+                     [&](int piece, Scratch& s) { put_logits(piece, count, out, s); });
+        co_await post(kHead, (m_.head.num_panels + kHeadPanels - 1) / kHeadPanels, logits, compute_head);
+        auto score_row = [&](int j, int thread) { score(i, j, scratch(thread)); };
+        co_await post(kHead, is_score ? count : 0, score_row);
+      }
     }
-    const int point = 2 * net_.num_layers;
     const bool is_last_kept = w_.kept_layers.back() == net_.num_layers;
     for (size_t i = 0; i < w_.hidden_rows.size() && is_last_kept; ++i) {
-      normalise(row_x(w_.hidden_rows[i]), m_.output_norm, point, 0, false, false, scratch(0), w_.head);
-      std::copy_n(scratch(0).row, net_.hidden_size, kept(static_cast<ptrdiff_t>(i), std::ssize(w_.kept_layers) - 1));
+      Scratch& s = scratch(thread_);
+      normalise(row_x(w_.hidden_rows[i]), m_.output_norm, 2 * net_.num_layers, 0, false, false, s, s.in);
+      std::copy_n(s.row, net_.hidden_size, kept(static_cast<ptrdiff_t>(i), std::ssize(w_.kept_layers) - 1));
     }
-    w_.phase_ns[kHead] = now_ns() - start;
   }
 
-  // Logits of up to kMaxBlockRows of `rows` from the i-th on -> out (.., Vp), padding minus infinity.
-  void head_block(const std::vector<int32_t>& rows, size_t i, float* out) {
-    const int count = static_cast<int>(std::min<size_t>(kMaxBlockRows, rows.size() - i));
-    const Matrix& head = m_.head;
-    timed(kHead, count, [&](int j, int thread) {
-      normalise(row_x(rows[i + static_cast<size_t>(j)]), m_.output_norm, 2 * net_.num_layers, j, !head.is_quantised(),
-                head.is_quantised(), scratch(thread), w_.head);
-    });
-    timed(kHead, (head.num_panels + kHeadPanels - 1) / kHeadPanels, [&](int piece, int) {
-      const int first = piece * kHeadPanels;
-      project(head, w_.head, count, first, std::min(head.num_panels, first + kHeadPanels), out, w_.vocab_padded, false);
-    });
+  void head_input(const int32_t* rows, int count, Scratch& s) {
+    take_along(net_.num_layers, count, s);
+    const Acts in = shaped(s.in, net_.hidden_size);
+    const bool is_quantised = m_.head.is_quantised();
     for (int j = 0; j < count; ++j)
-      std::fill(out + static_cast<ptrdiff_t>(j) * w_.vocab_padded + net_.vocab_size,
-                out + static_cast<ptrdiff_t>(j + 1) * w_.vocab_padded, -INFINITY);
+      normalise(row_x(rows[j]), m_.output_norm, 2 * net_.num_layers, j, !is_quantised, is_quantised, s, in);
   }
 
-  void score_block(size_t i) {
-    const int count = static_cast<int>(std::min<size_t>(kMaxBlockRows, w_.score_rows.size() - i));
-    timed(kHead, count, [&](int j, int thread) {
-      const size_t n = i + static_cast<size_t>(j);
-      const float* logits = w_.score_logits + static_cast<ptrdiff_t>(j) * w_.vocab_padded;
-      Scratch& s = scratch(thread);
-      const double lse = log_sum_exp(k_, logits, w_.vocab_padded, s);
-      if (!std::isfinite(lse)) note_bad(2 * net_.num_layers + 1);
-      w_.score_logprob[n] = static_cast<float>(logits[b_.target[w_.score_rows[n]]] - lse);
-      most_likely(k_, logits, w_.vocab_padded, w_.num_tops, lse, s, w_.top_ids + n * kMaxTops, w_.top_logprobs + n * kMaxTops);
-    });
+  // What compute_head gave -> out (count, Vp), padding minus infinity.
+  void put_logits(int piece, int count, float* out, const Scratch& s) {
+    const int first = piece * kHeadPanels * kPanel, end = std::min(w_.vocab_padded, first + kHeadPanels * kPanel);
+    const int used = std::min(end, net_.vocab_size) - first;
+    for (int j = 0; j < count; ++j) {
+      float* row = out + static_cast<ptrdiff_t>(j) * w_.vocab_padded;
+      std::copy_n(s.head + j * kHeadPanels * kPanel, used, row + first);
+      std::fill(row + first + used, row + end, -INFINITY);
+    }
+  }
+
+  // The j-th of a block of score rows that begins with the i-th.
+  void score(size_t i, int j, Scratch& s) {
+    const size_t n = i + static_cast<size_t>(j);
+    const float* logits = w_.score_logits + static_cast<ptrdiff_t>(j) * w_.vocab_padded;
+    const double lse = log_sum_exp(k_, logits, w_.vocab_padded, s);
+    if (!std::isfinite(lse)) note_bad(2 * net_.num_layers + 1);
+    w_.score_logprob[n] = static_cast<float>(logits[b_.target[w_.score_rows[n]]] - lse);
+    most_likely(k_, logits, w_.vocab_padded, w_.num_tops, lse, s, w_.top_ids + n * kMaxTops, w_.top_logprobs + n * kMaxTops);
   }
 
   // ---- finiteness ----
@@ -706,7 +879,15 @@ class Step {
   const Kernels& k_;
   const KvKernels& kv_;
   const Batch& b_;
+  const Linear linear_{m_};
   bool has_adapters_ = false;
+  std::vector<Flow> flows_;  // one after the other
+  size_t flow_ = 0;
+  Job job_;          // the last one posted
+  Phase phase_ = kEmbed;
+  int64_t start_ns_ = 0;
+  int thread_ = 0;   // the one at work between two jobs
+  bool is_abandoned_ = false;
 };
 
 }  // namespace

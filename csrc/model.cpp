@@ -192,6 +192,7 @@ size_t Model::add_adapter(int id, const std::vector<AdapterPair>& pairs) {
   if (id < 1) refuse("adapter id is ", id, ", expected 1 or more");
   auto made = std::make_unique<Adapter>(*this, pairs);
   const size_t bytes = made->num_bytes();
+  remove_adapter(id);
   adapters_[id] = std::move(made);
   return bytes;
 }

@@ -87,6 +87,7 @@ class Model {
  public:
   Model(const std::string& path, uint64_t data_offset, Network network, const std::vector<TensorEntry>& tensors,
         const std::string& isa, int num_threads, bool is_mapped);
+  ~Model() { threads.reset(); }  // first: a late thread may be reading weights still
 
   Network network;
   const Kernels* kernels;
@@ -102,7 +103,10 @@ class Model {
 
   // Between steps only. Ids are the caller's, from 1 on; 0 is none. Throws std::invalid_argument.
   size_t add_adapter(int id, const std::vector<AdapterPair>& pairs);
-  void remove_adapter(int id) { adapters_.erase(id); }
+  void remove_adapter(int id) {
+    threads->settle();
+    adapters_.erase(id);
+  }
   // Null for an id that is not there.
   const Adapter* adapter(int id) const {
     const auto found = adapters_.find(id);

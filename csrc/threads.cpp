@@ -1,7 +1,11 @@
 // The pool of threads.h.
 #include "threads.h"
 
+#include <sched.h>
+
+#include <algorithm>
 #include <chrono>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -12,13 +16,27 @@ namespace {
 
 constexpr uint64_t kCountBits = 20;
 constexpr uint64_t kCountMask = (uint64_t{1} << kCountBits) - 1;
-constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr int kMost = static_cast<int>(kCountMask);  // pieces of a job that threads share
+constexpr int kMaxClaims = 1 << 13;                  // pieces of a repeatable one
+constexpr int64_t kSpinNs = 50'000;
+constexpr int64_t kLeastPatienceNs = 3'000, kMostPatienceNs = 200'000;
 
-uint64_t make_ticket(uint64_t epoch, uint64_t next, uint64_t end) {
-  return epoch << (2 * kCountBits) | next << kCountBits | end;
+uint64_t make_ticket(uint64_t turn, uint64_t next, uint64_t end) {
+  return turn << (2 * kCountBits) | next << kCountBits | end;
 }
+uint64_t turn_of(uint64_t ticket) { return ticket >> (2 * kCountBits); }
 uint64_t next_of(uint64_t ticket) { return ticket >> kCountBits & kCountMask; }
 uint64_t end_of(uint64_t ticket) { return ticket & kCountMask; }
+
+// The low two bits of a turn. Over: the chain has no more jobs. Closed: the next job is being made.
+enum State : uint64_t { kOver = 0, kOpen = 1, kClosed = 2 };
+uint64_t make_turn(uint64_t number, State state) { return number * 4 + state; }
+uint64_t number_of(uint64_t turn) { return turn / 4; }
+State state_of(uint64_t turn) { return static_cast<State>(turn % 4); }
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 void relax() {
 #if defined(__x86_64__)
@@ -28,85 +46,234 @@ void relax() {
 #endif
 }
 
-// Spins until `is_over()` or the spinning time is up; returns whether it is over.
+// Spins until `is_over()` or the time is up; returns whether it is over.
 template <class F>
-bool spin_until(F&& is_over) {
-  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+bool spin_until(int64_t end_ns, F&& is_over) {
   for (;;) {
     for (int i = 0; i < 64; ++i) {
       if (is_over()) return true;
       relax();
     }
-    if (std::chrono::steady_clock::now() >= deadline) return false;
+    if (now_ns() >= end_ns) return false;
+  }
+}
+
+// The calling thread keeps to the i-th of the cores it may use, as long as this lives, if there are `count` of them.
+class OwnCore {
+ public:
+  OwnCore(int i, int count) {
+    if (sched_getaffinity(0, sizeof before_, &before_) != 0 || CPU_COUNT(&before_) != count) return;
+    int core = 0;
+    for (int left = i; !CPU_ISSET(core, &before_) || left-- > 0;) ++core;
+    cpu_set_t own;
+    CPU_ZERO(&own);
+    CPU_SET(core, &own);
+    is_kept_ = sched_setaffinity(0, sizeof own, &own) == 0;
+  }
+  ~OwnCore() {
+    if (is_kept_) sched_setaffinity(0, sizeof before_, &before_);
+  }
+  OwnCore(const OwnCore&) = delete;
+  OwnCore& operator=(const OwnCore&) = delete;
+
+ private:
+  cpu_set_t before_;
+  bool is_kept_ = false;
+};
+
+class OneJob : public Chain {
+ public:
+  explicit OneJob(const Job& job) : job_(job) {}
+  Job next(int) override { return std::exchange(job_, Job{}); }
+
+ private:
+  Job job_;
+};
+
+// By one thread: a single piece, or more than could be shared out.
+void run_alone(const Job& job, int thread) {
+  void* prepared = job.prepare ? job.prepare(job.context, thread) : nullptr;
+  for (int piece = 0; piece < job.num_pieces; ++piece) {
+    if (job.prepare) job.compute(prepared, piece);
+    job.work(job.context, piece, thread);
   }
 }
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads), ranges_(static_cast<size_t>(num_threads)) {
+ThreadPool::ThreadPool(int num_threads)
+    : num_threads_(num_threads),
+      ranges_(static_cast<size_t>(num_threads)),
+      lanes_(static_cast<size_t>(num_threads)),
+      claimed_(num_threads > 1 ? kMaxClaims : 0) {
   for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { loop(i); });
 }
 
 ThreadPool::~ThreadPool() {
-  is_closing_.store(true, std::memory_order_seq_cst);
-  signal_.fetch_add(1, std::memory_order_seq_cst);
-  signal_.notify_all();
+  is_ending_.store(true, std::memory_order_seq_cst);
+  change_turn(make_turn(number_of(turn_.load()) + 1, kOver));
   for (auto& thread : threads_) thread.join();
 }
 
-// Takes one piece, from `thread`'s own range or else from another's, and runs it. False: none was left.
-bool ThreadPool::take_and_run(int thread) {
-  for (int i = 0; i < num_threads_; ++i) {
-    auto& ticket = ranges_[static_cast<size_t>((thread + i) % num_threads_)].ticket;
-    uint64_t seen = ticket.load(std::memory_order_acquire);
-    while (next_of(seen) < end_of(seen)) {
-      if (!ticket.compare_exchange_weak(seen, seen + (uint64_t{1} << kCountBits), std::memory_order_acq_rel)) continue;
-      work_.load(std::memory_order_relaxed)(context_.load(std::memory_order_relaxed), static_cast<int>(next_of(seen)), thread);
-      if (num_unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) num_unfinished_.notify_one();
-      return true;
-    }
-  }
-  return false;
+void ThreadPool::run_one(const Job& job) {
+  OneJob chain(job);
+  run_jobs(chain);
 }
 
-void ThreadPool::run(int num_pieces, Work work, void* context) {
-  constexpr int kMost = static_cast<int>(kCountMask);
-  if (num_threads_ == 1 || num_pieces <= 1 || num_pieces > kMost) {
-    for (int piece = 0; piece < num_pieces; ++piece) work(context, piece, 0);
+void ThreadPool::run(Chain& chain) {
+  if (num_threads_ == 1) return run_jobs(chain);
+  const OwnCore own(0, num_threads_);
+  run_jobs(chain);
+}
+
+void ThreadPool::run_jobs(Chain& chain) {
+  if (num_threads_ == 1) {
+    for (Job job = chain.next(0); job.num_pieces > 0; job = chain.next(0)) run_alone(job, 0);
     return;
   }
-  work_.store(work, std::memory_order_relaxed);
-  context_.store(context, std::memory_order_relaxed);
-  num_unfinished_.store(num_pieces, std::memory_order_relaxed);
-  epoch_ = (epoch_ + 1) & ((uint64_t{1} << 24) - 1);
-  for (int i = 0; i < num_threads_; ++i) {
-    const auto first = static_cast<uint64_t>(int64_t{num_pieces} * i / num_threads_);
-    const auto end = static_cast<uint64_t>(int64_t{num_pieces} * (i + 1) / num_threads_);
-    ranges_[static_cast<size_t>(i)].ticket.store(make_ticket(epoch_, first, end), std::memory_order_release);
-  }
-  signal_.fetch_add(1, std::memory_order_seq_cst);
-  if (num_sleeping_.load(std::memory_order_seq_cst) > 0) signal_.notify_all();
-  while (take_and_run(0)) {
-  }
-  const auto is_done = [this] { return num_unfinished_.load(std::memory_order_acquire) == 0; };
-  while (!spin_until(is_done)) {
-    const int left = num_unfinished_.load(std::memory_order_acquire);
-    if (left == 0) break;
-    num_unfinished_.wait(left, std::memory_order_acquire);
+  chain_ = &chain;
+  open_next(turn_.load(std::memory_order_relaxed), 0);
+  for (;;) {
+    const uint64_t seen = turn_.load(std::memory_order_acquire);
+    if (state_of(seen) == kOver) return;
+    if (state_of(seen) == kOpen) take_part(seen, 0);
+    wait_for_change(seen);
   }
 }
 
 void ThreadPool::loop(int thread) {
+  const OwnCore own(thread, num_threads_);
   for (;;) {
-    const uint32_t seen = signal_.load(std::memory_order_seq_cst);
-    while (take_and_run(thread)) {
-    }
-    if (is_closing_.load(std::memory_order_seq_cst)) return;
-    if (spin_until([&] { return signal_.load(std::memory_order_acquire) != seen; })) continue;
-    num_sleeping_.fetch_add(1, std::memory_order_seq_cst);
-    signal_.wait(seen, std::memory_order_seq_cst);
-    num_sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+    const uint64_t seen = turn_.load(std::memory_order_seq_cst);
+    if (is_ending_.load(std::memory_order_seq_cst)) return;
+    if (state_of(seen) == kOpen) take_part(seen, thread);
+    wait_for_change(seen);
   }
+}
+
+void ThreadPool::settle() {
+  for (const Lane& lane : lanes_)
+    while (lane.is_computing.load(std::memory_order_acquire)) std::this_thread::yield();
+}
+
+// ---- pieces ----
+
+void ThreadPool::take_part(uint64_t turn, int thread) {
+  Share share{turn};
+  for (int piece = take(turn, thread); piece >= 0; piece = take(turn, thread)) {
+    if (!share.is_joined && !join(share, thread)) break;
+    do_piece(share, piece, thread);
+  }
+  help(share, thread);
+  lanes_[static_cast<size_t>(thread)].is_computing.store(false, std::memory_order_release);
+}
+
+// Takes one piece, from `thread`'s own range or else from another's. -1: none is left, or the turn is over.
+int ThreadPool::take(uint64_t turn, int thread) {
+  for (int i = 0; i < num_threads_; ++i) {
+    auto& ticket = ranges_[static_cast<size_t>((thread + i) % num_threads_)].ticket;
+    uint64_t seen = ticket.load(std::memory_order_acquire);
+    while (turn_of(seen) == turn_of(make_ticket(turn, 0, 0)) && next_of(seen) < end_of(seen))
+      if (ticket.compare_exchange_weak(seen, seen + (uint64_t{1} << kCountBits), std::memory_order_acq_rel))
+        return static_cast<int>(next_of(seen));
+  }
+  return -1;
+}
+
+// Reads the job and prepares for it. False: its turn is over.
+bool ThreadPool::join(Share& share, int thread) {
+  Lane& lane = lanes_[static_cast<size_t>(thread)];
+  lane.reading.store(share.turn, std::memory_order_seq_cst);
+  share.is_joined = turn_.load(std::memory_order_seq_cst) == share.turn;
+  if (share.is_joined) {
+    share.job = job_;
+    lane.is_computing.store(job_.prepare != nullptr, std::memory_order_relaxed);
+    if (job_.prepare) share.prepared = job_.prepare(job_.context, thread);
+  }
+  lane.reading.store(0, std::memory_order_seq_cst);
+  if (turn_.load(std::memory_order_seq_cst) != share.turn) lane.reading.notify_all();
+  return share.is_joined;
+}
+
+void ThreadPool::do_piece(const Share& share, int piece, int thread) {
+  if (share.job.prepare) {
+    share.job.compute(share.prepared, piece);
+    if (!claim(piece, share.turn)) return;
+  }
+  // From here on the turn cannot end without this thread.
+  share.job.work(share.job.context, piece, thread);
+  if (num_unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) advance(share.turn, thread);
+}
+
+// A turn does not end before all its pieces are claimed in it, so one that is not claimed yet belongs to it.
+bool ThreadPool::claim(int piece, uint64_t turn) {
+  auto& claimed = claimed_[static_cast<size_t>(piece)];
+  uint64_t seen = claimed.load(std::memory_order_relaxed);
+  return seen < turn && claimed.compare_exchange_strong(seen, turn, std::memory_order_acq_rel);
+}
+
+// Nothing is left to take: computes what others took and have not finished, after giving them time.
+void ThreadPool::help(Share& share, int thread) {
+  const auto is_over = [&] { return turn_.load(std::memory_order_acquire) != share.turn; };
+  if (is_over() || !is_repeatable_.load(std::memory_order_relaxed)) return;
+  const int64_t now = now_ns(), taken = now - start_ns_.load(std::memory_order_relaxed);
+  if (spin_until(now + std::clamp(taken, kLeastPatienceNs, kMostPatienceNs), is_over)) return;
+  if (!share.is_joined && !join(share, thread)) return;
+  const int count = share.job.num_pieces, first = static_cast<int>(int64_t{count} * thread / num_threads_);
+  for (int i = 0; i < count && !is_over(); ++i) {
+    const int piece = (first + i) % count;
+    if (claimed_[static_cast<size_t>(piece)].load(std::memory_order_relaxed) >= share.turn) continue;
+    num_repeated_.fetch_add(1, std::memory_order_relaxed);
+    do_piece(share, piece, thread);
+  }
+}
+
+// ---- turns ----
+
+// All pieces are done: ends the turn, waits for those who still prepare for it, and opens the next one.
+void ThreadPool::advance(uint64_t turn, int thread) {
+  turn_.store(make_turn(number_of(turn), kClosed), std::memory_order_seq_cst);
+  for (Lane& lane : lanes_) {
+    const auto has_left = [&] { return lane.reading.load(std::memory_order_seq_cst) != turn; };
+    while (!has_left() && !spin_until(now_ns() + kSpinNs, has_left)) lane.reading.wait(turn, std::memory_order_seq_cst);
+  }
+  open_next(turn, thread);
+}
+
+void ThreadPool::open_next(uint64_t turn, int thread) {
+  const auto is_for_one = [](const Job& job) {
+    return job.num_pieces == 1 || job.num_pieces > (job.prepare ? kMaxClaims : kMost);
+  };
+  for (job_ = chain_->next(thread); is_for_one(job_); job_ = chain_->next(thread)) run_alone(job_, thread);
+  const uint64_t number = number_of(turn) + 1;
+  if (job_.num_pieces == 0) {
+    // Only the caller waits for this.
+    if (thread == 0) return turn_.store(make_turn(number, kOver), std::memory_order_seq_cst);
+    return change_turn(make_turn(number, kOver));
+  }
+  const uint64_t next = make_turn(number, kOpen);
+  num_unfinished_.store(job_.num_pieces, std::memory_order_relaxed);
+  for (int i = 0; i < num_threads_; ++i) {
+    const auto first = static_cast<uint64_t>(int64_t{job_.num_pieces} * i / num_threads_);
+    const auto end = static_cast<uint64_t>(int64_t{job_.num_pieces} * (i + 1) / num_threads_);
+    ranges_[static_cast<size_t>(i)].ticket.store(make_ticket(next, first, end), std::memory_order_release);
+  }
+  is_repeatable_.store(job_.prepare != nullptr, std::memory_order_relaxed);
+  start_ns_.store(now_ns(), std::memory_order_relaxed);
+  change_turn(next);
+}
+
+void ThreadPool::change_turn(uint64_t turn) {
+  turn_.store(turn, std::memory_order_seq_cst);
+  if (num_sleeping_.load(std::memory_order_seq_cst) > 0 && num_sleeping_.exchange(0, std::memory_order_seq_cst) > 0)
+    turn_.notify_all();
+}
+
+void ThreadPool::wait_for_change(uint64_t seen) {
+  const auto has_changed = [&] { return turn_.load(std::memory_order_acquire) != seen; };
+  if (has_changed() || spin_until(now_ns() + kSpinNs, has_changed)) return;
+  num_sleeping_.fetch_add(1, std::memory_order_seq_cst);
+  turn_.wait(seen, std::memory_order_seq_cst);
 }
 
 }  // namespace hob

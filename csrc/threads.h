@@ -1,9 +1,27 @@
-// A pool of threads that works through numbered pieces. The caller is one of them.
+// A pool of threads that works through chains of jobs. A job is a number of pieces that may all run at once; the next job
+// of a chain begins when the last piece is done. The caller is one of the threads.
 //
-// Each thread has its own range of pieces and takes from it first, so that it streams neighbouring weights; when that
-// is empty it takes from the others'. `run` returns when all pieces are done, not when all threads have arrived: a
-// core that the system takes away holds up the one piece it was at, and a sleeping thread holds up nothing.
-// Idle threads spin for about 50 us (a step's phases follow each other faster) and then sleep on a futex.
+//   job n       pieces taken by whoever is there        each thread has a range of its own and takes from it first, so
+//               |                                       that it streams neighbouring weights, then from the others'
+//               last piece done -> that thread asks the chain for job n + 1 and opens it
+//
+// The system takes cores away, for longer than a whole step takes. So nothing waits for a certain thread: a chain goes on
+// with whoever runs (also past the caller), and the pieces of a repeatable job are in three parts:
+//
+//   prepare   once per thread and job: takes what it needs of memory that other jobs write into memory of its own
+//   compute   reads that and what never changes, writes memory of its own. May be done twice, or long after its job is over
+//   commit    puts the result where others see it. Once per piece: whoever claims the piece does it
+//
+// A thread that finds nothing left computes again what others have not finished, after waiting as long as the job has
+// taken so far; the thread that was late finds its piece claimed and drops what it has. Only prepare and commit, which
+// are short, hold up the others if the core is taken away in them. Pieces of a job that is not repeatable are run once,
+// where they are taken.
+//
+// Where there are as many threads as cores, each keeps to a core of its own (the caller during a chain): the system shares
+// out time by group, and to it two threads of one program on one core are as fair as one on each.
+//
+// Threads with nothing to do spin for about 50 us (jobs follow each other faster) and then sleep on a futex, so that the
+// system finds the core idle and brings over a thread that waits for another core.
 #pragma once
 
 #include <atomic>
@@ -13,10 +31,24 @@
 
 namespace hob {
 
+struct Job {
+  int num_pieces = 0;
+  void* context = nullptr;
+  void (*work)(void* context, int piece, int thread) = nullptr;  // runs a piece; of a repeatable job: commits it
+  void* (*prepare)(void* context, int thread) = nullptr;         // repeatable jobs only; the result goes to compute
+  void (*compute)(void* prepared, int piece) = nullptr;
+};
+
+class Chain {
+ public:
+  virtual ~Chain() = default;
+  // The next job, or one without pieces when the chain is over. Called by one thread at a time, when all pieces of the
+  // last job are done and nobody prepares for it. May not throw, and neither may the parts of its jobs.
+  virtual Job next(int thread) = 0;
+};
+
 class ThreadPool {
  public:
-  using Work = void (*)(void* context, int piece, int thread);
-
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -24,34 +56,69 @@ class ThreadPool {
 
   int num_threads() const { return num_threads_; }
 
-  // Calls work(context, piece, thread) once for each piece in 0 .. num_pieces; thread in 0 .. num_threads.
-  // One caller at a time. `work` may not throw.
-  void run(int num_pieces, Work work, void* context);
+  // Runs a chain to its end. One caller at a time. Others may be computing still for jobs that are over.
+  void run(Chain& chain);
 
+  // Calls f(piece, thread) once for each piece in 0 .. num_pieces; thread in 0 .. num_threads.
   template <class F>
   void run(int num_pieces, F& f) {
-    run(num_pieces, [](void* context, int piece, int thread) { (*static_cast<F*>(context))(piece, thread); }, &f);
+    const auto work = [](void* context, int piece, int thread) { (*static_cast<F*>(context))(piece, thread); };
+    run_one({num_pieces, &f, work});
   }
 
+  // Waits until no thread computes for a job that is over: before memory goes that `compute` reads. Not during a run.
+  void settle();
+
+  // Pieces computed for others so far.
+  int64_t num_repeated() const { return num_repeated_.load(std::memory_order_relaxed); }
+
  private:
-  // One range of pieces: epoch (24 bits), next piece (20), end (20). A successful exchange of the ticket proves that the
-  // job fields below belong to that epoch: they change only after all pieces are done, and the one just taken is not.
+  // One range of pieces: turn (24 bits), next piece (20), end (20).
   struct alignas(64) Range {
     std::atomic<uint64_t> ticket{0};
   };
+  // A thread writes here for which turn it reads the job and prepares; a turn is not over before all have left it.
+  struct alignas(64) Lane {
+    std::atomic<uint64_t> reading{0};
+    std::atomic<bool> is_computing{false};
+  };
+  // What a thread knows of the job it is at.
+  struct Share {
+    uint64_t turn = 0;
+    Job job;
+    void* prepared = nullptr;
+    bool is_joined = false;
+  };
 
-  bool take_and_run(int thread);
+  void run_jobs(Chain& chain);
+  void run_one(const Job& job);
   void loop(int thread);
+  void take_part(uint64_t turn, int thread);
+  int take(uint64_t turn, int thread);
+  bool join(Share& share, int thread);
+  void do_piece(const Share& share, int piece, int thread);
+  void help(Share& share, int thread);
+  bool claim(int piece, uint64_t turn);
+  void advance(uint64_t turn, int thread);
+  void open_next(uint64_t turn, int thread);
+  void change_turn(uint64_t turn);
+  void wait_for_change(uint64_t seen);
 
   const int num_threads_;
   std::vector<Range> ranges_;
-  alignas(64) std::atomic<Work> work_{nullptr};
-  std::atomic<void*> context_{nullptr};
+  std::vector<Lane> lanes_;
+  std::vector<std::atomic<uint64_t>> claimed_;  // per piece, the last turn in which it was claimed
+  // The job at work. Written between two turns, when nobody reads it.
+  Chain* chain_ = nullptr;
+  Job job_;
+  std::atomic<int64_t> start_ns_{0};
+  std::atomic<bool> is_repeatable_{false};
   alignas(64) std::atomic<int> num_unfinished_{0};
-  alignas(64) std::atomic<uint32_t> signal_{0};  // bumped when there is work; the futex of idle threads
+  // Which job, times four, and how it stands: over, open, closed. Only ever goes up. The futex of idle threads.
+  alignas(64) std::atomic<uint64_t> turn_{0};
   std::atomic<int> num_sleeping_{0};
-  std::atomic<bool> is_closing_{false};
-  uint64_t epoch_ = 0;
+  std::atomic<bool> is_ending_{false};
+  std::atomic<int64_t> num_repeated_{0};
   std::vector<std::thread> threads_;
 };
 

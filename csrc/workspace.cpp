@@ -18,7 +18,8 @@ void Workspace::add_acts(Acts* acts, int k, int rows) {
   arena_.add(&acts->rows, static_cast<size_t>(rows) * static_cast<size_t>(acts->stride));
 }
 
-Workspace::Workspace(const Model& model_, int max_rows_) : model(model_), max_rows(max_rows_) {
+Workspace::Workspace(const Model& model_, int max_rows_)
+    : model(model_), max_rows(max_rows_), scratch(static_cast<size_t>(model_.threads->num_threads())) {
   if (max_rows < 1 || max_rows > (1 << 20)) refuse("max_rows is ", max_rows, ", expected 1..", 1 << 20);
   const Network& net = model.network;
   const auto rows = static_cast<size_t>(max_rows), heads = static_cast<size_t>(net.num_heads);
@@ -40,22 +41,23 @@ Workspace::Workspace(const Model& model_, int max_rows_) : model(model_), max_ro
   arena_.add(&first_partial, rows * heads);
   arena_.add(&num_partials, rows * heads);
   arena_.add(&partials, static_cast<size_t>(kMaxPartials) * static_cast<size_t>(kPartialHead + net.head_dim));
-  add_acts(&ffn, model.ffn_size(), kMaxBlockRows);
-  add_acts(&head, net.hidden_size, kMaxBlockRows);
+  ffn.resize(static_cast<size_t>(model.threads->num_threads()) + 1);
+  for (Acts& acts : ffn) add_acts(&acts, model.ffn_size(), kMaxBlockRows);
   arena_.add(&score_logits, kMaxBlockRows * vocab);
   arena_.add(&hidden, rows * static_cast<size_t>(net.num_layers + 1) * static_cast<size_t>(net.hidden_size));
   arena_.add(&score_logprob, rows);
   arena_.add(&top_ids, rows * kMaxTops);
   arena_.add(&top_logprobs, rows * kMaxTops);
-  scratch.resize(static_cast<size_t>(model.threads->num_threads()));
   for (Scratch& s : scratch) {
     add_acts(&s.in, widest, kMaxBlockRows);
-    add_acts(&s.ffn, model.ffn_size(), kMaxBlockRows);
+    add_acts(&s.own_ffn, model.ffn_size(), kMaxBlockRows);
     arena_.add(&s.scores, static_cast<size_t>(padded(net.num_experts)));
     arena_.add(&s.row, static_cast<size_t>(padded(widest)));
-    arena_.add(&s.heads, static_cast<size_t>(kMaxBlockRows) * static_cast<size_t>(padded(model.kv_size())));
+    arena_.add(&s.heads, static_cast<size_t>(kMaxBlockRows) * static_cast<size_t>(padded(std::max(model.heads_size(), model.kv_size()))));
     arena_.add(&s.gate, kMaxBlockRows * kPanel);
     arena_.add(&s.up, kMaxBlockRows * kPanel);
+    arena_.add(&s.head, kMaxBlockRows * kHeadPanels * kPanel);
+    arena_.add(&s.row_adapters, kMaxBlockRows);
     arena_.add(&s.attention, attention_scratch_floats(net.head_dim));
     arena_.add(&s.adapted, static_cast<size_t>(kMaxBlockRows) * kMaxStacked);
     arena_.add(&s.logits, vocab);

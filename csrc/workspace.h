@@ -16,6 +16,7 @@ namespace hob {
 
 constexpr int kMaxBlockRows = 48;    // most rows a thread takes through a layer at once
 constexpr int kMaxTops = 128;        // most likely tokens one may ask for
+constexpr int kHeadPanels = 16;      // panels of the head in one piece: 310 KB of 8-bit weights
 constexpr int kMaxPartials = 2048;   // attention results of split chunks kept for merging
 
 enum Phase { kEmbed, kQkv, kAttention, kOut, kGateUp, kDown, kLayers, kHead, kNumPhases };
@@ -37,12 +38,20 @@ struct Acts {
 
 // What a thread needs to itself.
 struct Scratch {
+  // What `compute` of a repeatable job (threads.h) reads beside weights: these, `in` and `adapted`.
+  const Model* model;
+  int layer, num_rows;
+  const Adapter* const* adapters;  // of the rows; null: none has one
+  Acts down;                       // one of Workspace::ffn
+  std::atomic<int> down_index{-1};  // which; it is not written to meanwhile. -1: none
   Acts in;           // input of QKV, of the output projection, of gate and up: k = max(H, Q)
-  Acts ffn;          // input of down: k = F
+  Acts own_ffn;      // input of down: k = F
   float* row;        // (max(Hp, Qp))
-  float* heads;      // (kMaxBlockRows, max(Qp, KVp)): keys or values before they go to the pool
-  float* gate;       // (kMaxBlockRows, 32)
+  float* heads;      // (kMaxBlockRows, max(Qp, KVp)): queries, keys or values before they go where they belong
+  float* gate;       // (kMaxBlockRows, 32); and a panel of what out and down give
   float* up;         // (kMaxBlockRows, 32)
+  float* head;       // (kMaxBlockRows, kHeadPanels x 32) logits before they go where they belong
+  const Adapter** row_adapters;  // (kMaxBlockRows) where `adapters` lie
   float* attention;  // attention_scratch_floats
   float* adapted;    // (kMaxBlockRows, kMaxStacked) A x of the rows' adapters
   float* scores;     // (experts padded to 32) of the router
@@ -52,7 +61,6 @@ struct Scratch {
   double* sums;      // (Vp / 512 + 1)
   int32_t* ids;      // (Vp)
   int32_t* counts;   // (Vp) zero between uses
-  uint64_t prepared = 0;  // the job `in` was filled for
 };
 
 // One call of the attention kernel: queries first .. first + count of a sequence (row-major over rows x heads of a group).
@@ -64,6 +72,9 @@ struct AttentionPiece {
 class Workspace {
  public:
   Workspace(const Model& model, int max_rows);
+  ~Workspace() { model.threads->settle(); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
 
   const Model& model;
   const int max_rows;
@@ -81,8 +92,9 @@ class Workspace {
   int32_t* first_partial;   // (R, heads) slot in `partials`
   int32_t* num_partials;    // (R, heads) 0: the result is in `attended`
   float* partials;          // (kMaxPartials, kPartialHead + head_dim)
-  Acts ffn;                 // shared by threads when they split the outputs: k = F
-  Acts head;                // k = H
+  // Input of down when threads split the outputs: k = F. One more than there are threads, so that one is always free of
+  // readers that are late.
+  std::vector<Acts> ffn;
   // Mixture of experts: a pair is a row and one of the experts chosen for it. Pairs at work are sorted by expert.
   int32_t* expert;          // (R, active) by falling weight
   float* expert_weight;     // (R, active)
@@ -105,7 +117,6 @@ class Workspace {
   int num_tops = 0;
   int measured_keys = 0;  // keys that the measured row sees. 0: no row was measured
   int64_t phase_ns[kNumPhases] = {};
-  uint64_t job = 0;
   std::atomic<int> bad_point{-1};  // earliest point with a value that is not finite
   std::atomic<bool> is_stop_requested{false};
 

@@ -24,6 +24,7 @@ TOPS = 128
 STACKED_RANKS = 768
 """Most ranks of the adapters of a fused layer, side by side."""
 PARTIALS = 2048
+HEAD_PIECE = 512
 SLACK = 1.1
 
 
@@ -71,12 +72,12 @@ def scratch_bytes(network: Network, max_rows: int, max_logits: int, num_threads:
     states = (network.num_layers + 1) * network.hidden_size  # of all layers, where an app asks for them
     per_row = states + network.hidden_size + 2 * heads + network.head_dim + 2 * network.num_heads + 2 * TOPS + 256
     per_row += network.hidden_size * network.post_norms + network.num_active_experts * (network.hidden_size + 36)
-    shared = _acts(ffn) + _acts(network.hidden_size) + PARTIALS * (network.head_dim + 8) + BLOCK_ROWS * vocab
+    shared = _acts(ffn) + PARTIALS * (network.head_dim + 8) + BLOCK_ROWS * vocab
     own = (
         _acts(widest)
-        + _acts(ffn)
+        + 2 * _acts(ffn)
         + widest
-        + BLOCK_ROWS * (max(heads, kv) + STACKED_RANKS + 96)
+        + BLOCK_ROWS * (max(heads, kv) + STACKED_RANKS + HEAD_PIECE + 96)
         + 64 * network.head_dim
         + 5 * vocab
     )
