@@ -1,6 +1,8 @@
 // Single kernels of one instruction set, as Python sees them: what tests hold against native/reference.py and what
 // `lab` may measure. Nothing here is on the path of a step.
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -13,6 +15,7 @@
 #include "memory.h"
 #include "model.h"
 #include "pack.h"
+#include "pool_trial.h"
 
 namespace hob {
 namespace {
@@ -169,6 +172,8 @@ void bind_kernels(nb::module_& m) {
   m.def("kernel_rope", &rope, "isa"_a, "x"_a, "cos"_a, "sin"_a);
   m.def("kernel_attention", &attention, "isa"_a, "query"_a, "keys"_a, "values"_a, "lengths"_a, "is_split"_a, "window"_a = 0,
         "kv_type"_a = "f16");
+  m.def("pool_trial", &pool_trial, "num_threads"_a, "num_jobs"_a, "num_pieces"_a, "num_late"_a,
+        nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace hob

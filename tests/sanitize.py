@@ -47,7 +47,7 @@ SANITIZERS = {
         "libtsan.so",
         {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0", "OPENBLAS_NUM_THREADS": "1"},
         ("thread",),
-        "agrees_with_the_reference or any_company or stopped or owe_nothing or local",
+        "late_threads or more_threads or agrees_with_the_reference or any_company or stopped or owe_nothing or local",
     ),
 }
 

@@ -400,6 +400,23 @@ def make_batch(*sequences: tuple[list[int], int, list[int]], out: Out = Out.LOGI
     )
 
 
+@pytest.mark.parametrize(("num_threads", "num_pieces"), [(2, 7), (2, 64), (8, 40)])
+def test_late_threads_hold_up_nothing_and_change_nothing(num_threads: int, num_pieces: int) -> None:
+    expected, none = _core.pool_trial(1, 300, num_pieces, 0)
+    assert none == 0
+    got, repeated = _core.pool_trial(num_threads, 300, num_pieces, 12)
+    assert got == expected
+    assert repeated > 0
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "odd", "F32"])
+def test_more_threads_than_cores_give_the_same_bits(files: dict[str, Packed], isa: str, name: str) -> None:
+    alone, crowd = (Native(files[name], isa, num_threads) for num_threads in (1, 12))
+    for step in range(12):
+        work = make_batch((tokens(3, step), 3 * step, [1, 2, 3]), (tokens(1, 99 + step), step, [4]))
+        assert np.array_equal(alone.logits(work), crowd.logits(work))
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_model_agrees_with_the_reference(files: dict[str, Packed], isa: str, name: str, num_threads: int) -> None:

@@ -45,6 +45,9 @@ class Model:
     @property
     def num_threads(self) -> int: ...
     @property
+    def num_repeated(self) -> int:
+        """Pieces of work that a thread computed again so far, because the core of the one at it was taken away."""
+    @property
     def isa(self) -> str: ...
 
 class KvPool:
@@ -160,3 +163,7 @@ def kernel_attention(
 ) -> Floats:
     """query (R, A, D), keys and values (T, B, D): row r sees lengths[r] keys, or the `window` latest of them.
     is_split: chunk by chunk, then merged."""
+
+def pool_trial(num_threads: int, num_jobs: int, num_pieces: int, num_late: int) -> tuple[list[int], int]:
+    """A chain of jobs that depend on all values before, in which `num_late` times a thread sleeps for 20 ms in the
+    middle of a piece. -> the values, and how many pieces were computed again."""

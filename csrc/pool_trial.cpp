@@ -1,0 +1,82 @@
+// A chain of jobs for the thread pool alone, in which threads come late on purpose: what tests of threads.h run.
+#include "pool_trial.h"
+
+#include <atomic>
+#include <chrono>
+#include <thread>
+#include <vector>
+
+#include "threads.h"
+
+namespace hob {
+namespace {
+
+uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  return (x ^ (x >> 15)) * 0x846ca68bu;
+}
+
+// What a piece makes of all values: any that is stale, missing or taken twice changes all that follow.
+uint32_t digest(const std::vector<uint32_t>& values, int piece) {
+  uint32_t sum = static_cast<uint32_t>(piece);
+  for (const uint32_t value : values) sum = mix(sum + value);
+  return sum;
+}
+
+struct Own {
+  std::vector<uint32_t> values;
+  uint32_t result = 0;
+  std::atomic<int>* late = nullptr;
+};
+
+// values[piece] += digest(all values before the job), over and over.
+class Trial : public Chain {
+ public:
+  Trial(int num_threads, int num_jobs, int num_pieces, int num_late)
+      : values_(static_cast<size_t>(num_pieces)), num_jobs_(num_jobs), late_(num_late), pool_(num_threads),
+        own_(static_cast<size_t>(num_threads)) {}
+
+  Job next(int) override {
+    if (num_jobs_-- <= 0) return {};
+    return {static_cast<int>(values_.size()), this, commit, prepare, compute};
+  }
+
+  TrialResult run() {
+    pool_.run(*this);
+    const int64_t num_repeated = pool_.num_repeated();
+    pool_.settle();
+    return {values_, num_repeated};
+  }
+
+ private:
+  static void* prepare(void* context, int thread) {
+    auto& trial = *static_cast<Trial*>(context);
+    Own& own = trial.own_[static_cast<size_t>(thread)];
+    own.values = trial.values_;
+    own.late = &trial.late_;
+    return &own;
+  }
+  static void compute(void* prepared, int piece) {
+    Own& own = *static_cast<Own*>(prepared);
+    own.result = digest(own.values, piece);
+    if (piece % 5 == 2 && own.late->fetch_sub(1) > 0) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  static void commit(void* context, int piece, int thread) {
+    auto& trial = *static_cast<Trial*>(context);
+    trial.values_[static_cast<size_t>(piece)] += trial.own_[static_cast<size_t>(thread)].result;
+  }
+
+  std::vector<uint32_t> values_;
+  int num_jobs_;
+  std::atomic<int> late_;
+  ThreadPool pool_;
+  std::vector<Own> own_;
+};
+
+}  // namespace
+
+TrialResult pool_trial(int num_threads, int num_jobs, int num_pieces, int num_late) {
+  return Trial(num_threads, num_jobs, num_pieces, num_late).run();
+}
+
+}  // namespace hob

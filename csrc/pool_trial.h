@@ -1,0 +1,15 @@
+// See pool_trial.cpp.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace hob {
+
+using TrialResult = std::pair<std::vector<uint32_t>, int64_t>;  // the values, and how many pieces were computed again
+
+// `num_late` times a thread sleeps for 20 ms in the middle of a piece.
+TrialResult pool_trial(int num_threads, int num_jobs, int num_pieces, int num_late);
+
+}  // namespace hob
