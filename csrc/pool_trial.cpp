@@ -29,14 +29,15 @@ struct Own {
   std::atomic<int>* late = nullptr;
 };
 
-// values[piece] += digest(all values before the job), over and over.
+// next[piece] = digest(all values), over and over. What a job prepares from may not be what it commits to.
 class Trial : public Chain {
  public:
   Trial(int num_threads, int num_jobs, int num_pieces, int num_late)
-      : values_(static_cast<size_t>(num_pieces)), num_jobs_(num_jobs), late_(num_late), pool_(num_threads),
+      : values_(static_cast<size_t>(num_pieces)), next_(values_), num_jobs_(num_jobs), late_(num_late), pool_(num_threads),
         own_(static_cast<size_t>(num_threads)) {}
 
   Job next(int) override {
+    values_.swap(next_);
     if (num_jobs_-- <= 0) return {};
     return {static_cast<int>(values_.size()), this, commit, prepare, compute};
   }
@@ -63,10 +64,10 @@ class Trial : public Chain {
   }
   static void commit(void* context, int piece, int thread) {
     auto& trial = *static_cast<Trial*>(context);
-    trial.values_[static_cast<size_t>(piece)] += trial.own_[static_cast<size_t>(thread)].result;
+    trial.next_[static_cast<size_t>(piece)] = trial.own_[static_cast<size_t>(thread)].result;
   }
 
-  std::vector<uint32_t> values_;
+  std::vector<uint32_t> values_, next_;
   int num_jobs_;
   std::atomic<int> late_;
   ThreadPool pool_;

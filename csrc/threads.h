@@ -8,7 +8,8 @@
 // The system takes cores away, for longer than a whole step takes. So nothing waits for a certain thread: a chain goes on
 // with whoever runs (also past the caller), and the pieces of a repeatable job are in three parts:
 //
-//   prepare   once per thread and job: takes what it needs of memory that other jobs write into memory of its own
+//   prepare   once per thread and job: takes what it needs of memory that other jobs write (not this one's commits, which
+//             run meanwhile) into memory of its own
 //   compute   reads that and what never changes, writes memory of its own. May be done twice, or long after its job is over
 //   commit    puts the result where others see it. Once per piece: whoever claims the piece does it
 //
