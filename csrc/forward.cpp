@@ -187,14 +187,15 @@ class Step : private Chain {
   // ---- the chain ----
 
   Job next(int thread) override {
-    if (job_.num_pieces > 0) w_.phase_ns[phase_] += now_ns() - start_ns_;
+    const int64_t now = now_ns();
+    if (job_.num_pieces > 0) w_.phase_ns[phase_] += now - job_.start_ns;
     thread_ = thread;
     job_ = {};
     while (flow_ < flows_.size() && job_.num_pieces == 0 && !is_abandoned_) {
       flows_[flow_].go_on();
       if (flows_[flow_].is_over()) ++flow_;
     }
-    start_ns_ = now_ns();
+    job_.start_ns = now;
     return job_;
   }
 
@@ -885,7 +886,6 @@ class Step : private Chain {
   size_t flow_ = 0;
   Job job_;          // the last one posted
   Phase phase_ = kEmbed;
-  int64_t start_ns_ = 0;
   int thread_ = 0;   // the one at work between two jobs
   bool is_abandoned_ = false;
 };

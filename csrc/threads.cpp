@@ -18,6 +18,7 @@ constexpr uint64_t kCountBits = 20;
 constexpr uint64_t kCountMask = (uint64_t{1} << kCountBits) - 1;
 constexpr int kMost = static_cast<int>(kCountMask);  // pieces of a job that threads share
 constexpr int kMaxClaims = 1 << 13;                  // pieces of a repeatable one
+constexpr int kLineClaims = 8;                       // in a line of the cache
 constexpr int64_t kSpinNs = 50'000;
 constexpr int64_t kLeastPatienceNs = 3'000, kMostPatienceNs = 200'000;
 
@@ -105,7 +106,7 @@ ThreadPool::ThreadPool(int num_threads)
     : num_threads_(num_threads),
       ranges_(static_cast<size_t>(num_threads)),
       lanes_(static_cast<size_t>(num_threads)),
-      claimed_(num_threads > 1 ? kMaxClaims : 0) {
+      claimed_(num_threads > 1 ? static_cast<size_t>(kMaxClaims + num_threads * kLineClaims) : 0) {
   for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { loop(i); });
 }
 
@@ -164,7 +165,7 @@ void ThreadPool::take_part(uint64_t turn, int thread) {
     if (!share.is_joined && !join(share, thread)) break;
     do_piece(share, piece, thread);
   }
-  help(share, thread);
+  if (share.is_joined) help(share, thread);
   lanes_[static_cast<size_t>(thread)].is_computing.store(false, std::memory_order_release);
 }
 
@@ -180,7 +181,7 @@ int ThreadPool::take(uint64_t turn, int thread) {
   return -1;
 }
 
-// Reads the job and prepares for it. False: its turn is over.
+// Reads the job and prepares for it, with a piece of it taken. False: the turn is over, others have done that piece.
 bool ThreadPool::join(Share& share, int thread) {
   Lane& lane = lanes_[static_cast<size_t>(thread)];
   lane.reading.store(share.turn, std::memory_order_seq_cst);
@@ -198,44 +199,53 @@ bool ThreadPool::join(Share& share, int thread) {
 void ThreadPool::do_piece(const Share& share, int piece, int thread) {
   if (share.job.prepare) {
     share.job.compute(share.prepared, piece);
-    if (!claim(piece, share.turn)) return;
+    if (!claim(claimed(share.job, piece), share.turn)) return;
   }
   // From here on the turn cannot end without this thread.
   share.job.work(share.job.context, piece, thread);
   if (num_unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) advance(share.turn, thread);
 }
 
+std::atomic<uint64_t>& ThreadPool::claimed(const Job& job, int piece) {
+  const int range = static_cast<int>((int64_t{piece + 1} * num_threads_ - 1) / job.num_pieces);
+  const int first = static_cast<int>(int64_t{job.num_pieces} * range / num_threads_);
+  const int stretch = kMaxClaims / num_threads_ / kLineClaims * kLineClaims + kLineClaims;
+  return claimed_[static_cast<size_t>(range * stretch + piece - first)];
+}
+
 // A turn does not end before all its pieces are claimed in it, so one that is not claimed yet belongs to it.
-bool ThreadPool::claim(int piece, uint64_t turn) {
-  auto& claimed = claimed_[static_cast<size_t>(piece)];
+bool ThreadPool::claim(std::atomic<uint64_t>& claimed, uint64_t turn) {
   uint64_t seen = claimed.load(std::memory_order_relaxed);
   return seen < turn && claimed.compare_exchange_strong(seen, turn, std::memory_order_acq_rel);
 }
 
 // Nothing is left to take: computes what others took and have not finished, after giving them time.
-void ThreadPool::help(Share& share, int thread) {
+void ThreadPool::help(const Share& share, int thread) {
   const auto is_over = [&] { return turn_.load(std::memory_order_acquire) != share.turn; };
-  if (is_over() || !is_repeatable_.load(std::memory_order_relaxed)) return;
-  const int64_t now = now_ns(), taken = now - start_ns_.load(std::memory_order_relaxed);
+  if (is_over() || !share.job.prepare) return;
+  const int64_t now = now_ns(), taken = now - share.job.start_ns;
   if (spin_until(now + std::clamp(taken, kLeastPatienceNs, kMostPatienceNs), is_over)) return;
-  if (!share.is_joined && !join(share, thread)) return;
   const int count = share.job.num_pieces, first = static_cast<int>(int64_t{count} * thread / num_threads_);
   for (int i = 0; i < count && !is_over(); ++i) {
     const int piece = (first + i) % count;
-    if (claimed_[static_cast<size_t>(piece)].load(std::memory_order_relaxed) >= share.turn) continue;
+    if (claimed(share.job, piece).load(std::memory_order_relaxed) >= share.turn) continue;
     num_repeated_.fetch_add(1, std::memory_order_relaxed);
+    helped_turn_.store(share.turn, std::memory_order_relaxed);
     do_piece(share, piece, thread);
   }
 }
 
 // ---- turns ----
 
-// All pieces are done: ends the turn, waits for those who still prepare for it, and opens the next one.
+// All pieces are done: opens the next turn. Whoever took a piece has then prepared and is done with the job, unless
+// somebody helped: the one who was late may be about to prepare, and finds the turn closed or is waited for.
 void ThreadPool::advance(uint64_t turn, int thread) {
-  turn_.store(make_turn(number_of(turn), kClosed), std::memory_order_seq_cst);
-  for (Lane& lane : lanes_) {
-    const auto has_left = [&] { return lane.reading.load(std::memory_order_seq_cst) != turn; };
-    while (!has_left() && !spin_until(now_ns() + kSpinNs, has_left)) lane.reading.wait(turn, std::memory_order_seq_cst);
+  if (helped_turn_.load(std::memory_order_relaxed) == turn) {
+    turn_.store(make_turn(number_of(turn), kClosed), std::memory_order_seq_cst);
+    for (Lane& lane : lanes_) {
+      const auto has_left = [&] { return lane.reading.load(std::memory_order_seq_cst) != turn; };
+      while (!has_left() && !spin_until(now_ns() + kSpinNs, has_left)) lane.reading.wait(turn, std::memory_order_seq_cst);
+    }
   }
   open_next(turn, thread);
 }
@@ -258,8 +268,6 @@ void ThreadPool::open_next(uint64_t turn, int thread) {
     const auto end = static_cast<uint64_t>(int64_t{job_.num_pieces} * (i + 1) / num_threads_);
     ranges_[static_cast<size_t>(i)].ticket.store(make_ticket(next, first, end), std::memory_order_release);
   }
-  is_repeatable_.store(job_.prepare != nullptr, std::memory_order_relaxed);
-  start_ns_.store(now_ns(), std::memory_order_relaxed);
   change_turn(next);
 }
 

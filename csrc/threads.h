@@ -13,7 +13,7 @@
 //   compute   reads that and what never changes, writes memory of its own. May be done twice, or long after its job is over
 //   commit    puts the result where others see it. Once per piece: whoever claims the piece does it
 //
-// A thread that finds nothing left computes again what others have not finished, after waiting as long as the job has
+// A thread that has done its part computes again what others have not finished, after waiting as long as the job has
 // taken so far; the thread that was late finds its piece claimed and drops what it has. Only prepare and commit, which
 // are short, hold up the others if the core is taken away in them. Pieces of a job that is not repeatable are run once,
 // where they are taken.
@@ -38,6 +38,7 @@ struct Job {
   void (*work)(void* context, int piece, int thread) = nullptr;  // runs a piece; of a repeatable job: commits it
   void* (*prepare)(void* context, int thread) = nullptr;         // repeatable jobs only; the result goes to compute
   void (*compute)(void* prepared, int piece) = nullptr;
+  int64_t start_ns = 0;  // of a repeatable job: when it began, by the steady clock
 };
 
 class Chain {
@@ -78,7 +79,7 @@ class ThreadPool {
   struct alignas(64) Range {
     std::atomic<uint64_t> ticket{0};
   };
-  // A thread writes here for which turn it reads the job and prepares; a turn is not over before all have left it.
+  // A thread writes here for which turn it reads the job and prepares.
   struct alignas(64) Lane {
     std::atomic<uint64_t> reading{0};
     std::atomic<bool> is_computing{false};
@@ -98,8 +99,9 @@ class ThreadPool {
   int take(uint64_t turn, int thread);
   bool join(Share& share, int thread);
   void do_piece(const Share& share, int piece, int thread);
-  void help(Share& share, int thread);
-  bool claim(int piece, uint64_t turn);
+  void help(const Share& share, int thread);
+  std::atomic<uint64_t>& claimed(const Job& job, int piece);
+  static bool claim(std::atomic<uint64_t>& claimed, uint64_t turn);
   void advance(uint64_t turn, int thread);
   void open_next(uint64_t turn, int thread);
   void change_turn(uint64_t turn);
@@ -108,13 +110,14 @@ class ThreadPool {
   const int num_threads_;
   std::vector<Range> ranges_;
   std::vector<Lane> lanes_;
-  std::vector<std::atomic<uint64_t>> claimed_;  // per piece, the last turn in which it was claimed
+  // Per piece, the last turn in which it was claimed. Each range has a stretch of its own, so that lines of the cache
+  // keep to the core that works on them.
+  std::vector<std::atomic<uint64_t>> claimed_;
   // The job at work. Written between two turns, when nobody reads it.
-  Chain* chain_ = nullptr;
+  alignas(64) Chain* chain_ = nullptr;
   Job job_;
-  std::atomic<int64_t> start_ns_{0};
-  std::atomic<bool> is_repeatable_{false};
   alignas(64) std::atomic<int> num_unfinished_{0};
+  std::atomic<uint64_t> helped_turn_{0};  // the last in which a piece was computed again
   // Which job, times four, and how it stands: over, open, closed. Only ever goes up. The futex of idle threads.
   alignas(64) std::atomic<uint64_t> turn_{0};
   std::atomic<int> num_sleeping_{0};
