@@ -137,11 +137,13 @@ void compute_qkv(void* scratch, int piece) {
   linear.qkv(s.layer, unit, shaped(s.in, linear.net.hidden_size), s.adapters, s.num_rows, s.heads, linear.stride(unit), s);
 }
 
-// A panel of what goes onto the residual stream -> s.gate (rows, 32).
+// A panel of what goes onto the residual stream -> s.gate (rows, 32), and of the adapters -> s.up: each is a sum of its own.
 void compute_panel(Target target, const Matrix& matrix, const Acts& in, int p, Scratch& s) {
   const Linear linear{*s.model};
   linear.project(matrix, in, s.num_rows, p, p + 1, s.gate - p * kPanel, kPanel, false);
-  linear.adapt(s.layer, target, s.adapters, s.num_rows, p, p + 1, s.gate - p * kPanel, kPanel, s);
+  if (!s.adapters) return;
+  std::fill_n(s.up, s.num_rows * kPanel, -0.0f);  // to which adding changes no bit
+  linear.adapt(s.layer, target, s.adapters, s.num_rows, p, p + 1, s.up - p * kPanel, kPanel, s);
 }
 
 void compute_out(void* scratch, int piece) {
@@ -597,12 +599,13 @@ class Step : private Chain {
     }
   }
 
-  // Panel p of what attention or FFN gave, for all of a few rows, from s.gate.
+  // Panel p of what attention or FFN gave, for all of a few rows, from compute_panel.
   void put_branch(const float* post_norm, int p, const Scratch& s) {
     for (int i = 0; i < b_.num_rows; ++i) {
       float* to = branch(post_norm, i) + p * kPanel;
       if (post_norm) std::copy_n(s.gate + i * kPanel, kPanel, to);
       else add(s.gate + i * kPanel, kPanel, to);
+      if (s.adapters && s.adapters[i]) add(s.up + i * kPanel, kPanel, to);
     }
   }
 
