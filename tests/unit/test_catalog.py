@@ -97,8 +97,12 @@ def test_known_name_that_is_not_here_says_the_next_command(catalog: Catalog) -> 
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "a/b", "", ".hidden", "A", "x" * 101, "a b", "a\0b", "a\n"])
-def test_names_cannot_leave_the_folder(catalog: Catalog, tmp_path: Path, name: str) -> None:
+def test_names_cannot_leave_the_folder(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     (tmp_path / "x.gguf").write_bytes(b"precious")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")  # a path that exists is a model, and '../x' might
     for use in (catalog.resolve, catalog.remove):
         with pytest.raises(ModelNotFound):
             use(name)
