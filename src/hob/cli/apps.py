@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from hob.client import Client
 
 Name = Annotated[str, typer.Argument(help="Lower-case letters, digits, '.', '_', '-'.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -35,8 +32,9 @@ def add(name: Name, json: Json = False) -> None:
     export OPENAI_API_KEY=$(hob app add notes)
     """
     from hob.cli.output import print_json
+    from hob.client import Client
 
-    with _client() as client:
+    with Client() as client:
         made = client.add_app(name, "key")
     if json:
         print_json(made)
@@ -52,8 +50,9 @@ def socket(name: Name, json: Json = False) -> None:
     hob app socket browser
     """
     from hob.cli.output import print_json
+    from hob.client import Client
 
-    with _client() as client:
+    with Client() as client:
         made = client.add_app(name, "socket")
     if json:
         print_json(made)
@@ -67,8 +66,9 @@ def list_apps(json: Json = False) -> None:
     import time
 
     from hob.cli.output import print_json, print_table
+    from hob.client import Client
 
-    with _client() as client:
+    with Client() as client:
         apps = client.apps()
     if json:
         print_json(apps)
@@ -83,20 +83,13 @@ def list_apps(json: Json = False) -> None:
 @group.command()
 def rm(name: Name) -> None:
     """Take back an app's key and socket."""
+    from hob.client import Client
     from hob.errors import NotFound
 
-    with _client() as client:
+    with Client() as client:
         kinds = [app["kind"] for app in client.apps() if app["name"] == name]
         if not kinds:
             raise NotFound(f"no app '{name}'. See `hob app list`.")
         for kind in kinds:
             client.remove_app(kind, name)
             print(f"removed {kind} of {name}")
-
-
-def _client() -> Client:
-    from hob.client import Client
-    from hob.config import load_config
-
-    config, _ = load_config()
-    return Client(config.socket_path)

@@ -21,10 +21,8 @@ def memory(
     """
     from hob.cli.output import print_json, print_memory
     from hob.client import Client
-    from hob.config import load_config
 
-    config, _ = load_config()
-    with Client(config.socket_path) as client:
+    with Client() as client:
         if budget is not None:
             client.set_budget(budget)
         report = client.memory()

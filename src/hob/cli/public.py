@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from hob.client import Client
 
 Name = Annotated[str, typer.Argument(help="Lower-case letters, digits, '.', '_', '-'.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -44,6 +41,7 @@ def add(
     hob public add house --system @system.txt --tools tools.json
     """
     from hob.cli.output import print_json
+    from hob.client import Client
 
     body: dict[str, Any] = {"model": model}
     if system is not None:
@@ -52,7 +50,7 @@ def add(
         body["tools"] = _json(tools)
     if prompt is not None:
         body["prompt"] = _text(prompt)
-    with _client() as client:
+    with Client() as client:
         made = client.publish(name, **body)
     if json:
         print_json(made)
@@ -66,8 +64,9 @@ def list_prompts(json: Json = False) -> None:
     import time
 
     from hob.cli.output import print_json, print_table
+    from hob.client import Client
 
-    with _client() as client:
+    with Client() as client:
         prompts = client.public_prompts()
     if json:
         print_json(prompts)
@@ -88,7 +87,9 @@ def list_prompts(json: Json = False) -> None:
 @group.command()
 def rm(name: Name) -> None:
     """Make a prompt private again."""
-    with _client() as client:
+    from hob.client import Client
+
+    with Client() as client:
         client.unpublish(name)
     print(f"removed {name}")
 
@@ -121,11 +122,3 @@ def _read(path: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"cannot read '{path}': {error}") from None
-
-
-def _client() -> Client:
-    from hob.client import Client
-    from hob.config import load_config
-
-    config, _ = load_config()
-    return Client(config.socket_path)
