@@ -101,7 +101,7 @@ def make_engine(config: Config, chosen: Chosen) -> EngineHandle:
     from hob.service.pressure import memory_bytes
     from hob.service.public_prompts import PublicPrompts
 
-    handle = EngineHandle(
+    return EngineHandle(
         EngineSpec(
             model_name=chosen.name,
             packed_path=str(chosen.packed or ""),
@@ -116,10 +116,9 @@ def make_engine(config: Config, chosen: Chosen) -> EngineHandle:
             fake_step_s=chosen.step_s,
             fake_vocab_size=VOCAB_SIZE,
             disk=DiskSpec(str(config.contexts_dir), str(config.keys_dir), config.contexts.context_disk_bytes),
-        )
+        ),
+        PublicPrompts(config.public_prompts_path),
     )
-    handle.published = PublicPrompts(config.public_prompts_path).by_model()
-    return handle
 
 
 def _load_text(gguf_path: Path | None) -> tuple[TextCodec, ChatCodec]:
@@ -259,7 +258,6 @@ def make_server(
     from hob.service.conditions import Conditions
     from hob.service.gate import GatedBackend
     from hob.service.policy import Policy
-    from hob.service.public_prompts import PublicPrompts
 
     class Server(uvicorn.Server):
         """Leaves the signals alone: the daemon has them, from before uvicorn was imported."""
@@ -320,7 +318,7 @@ def make_server(
         shelf=shelf,
         apps=apps,
         app_sockets=app_sockets,
-        public_prompts=PublicPrompts(config.public_prompts_path),
+        public_prompts=handle.public_prompts,
         policy=policy,
         conditions=conditions,
         audit=audit,

@@ -51,6 +51,7 @@ from hob.request import Request
 from hob.service.connection import EngineConnection
 from hob.service.loop import EngineSpec
 from hob.service.outputs import Outputs
+from hob.service.public_prompts import PublicPrompts
 from hob.service.watchdog import HUNG_STATUS
 
 log = logging.getLogger("hob.service")
@@ -64,14 +65,14 @@ RESTART_DELAYS_S = (0.0, 0.5, 2.0, 10.0)
 class EngineHandle:
     """Backend over an engine process. All methods on one event loop."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, public_prompts: PublicPrompts | None = None) -> None:
+        """public_prompts: what all apps share; each process is told before its first request. None: nothing."""
         self.spec = spec
+        self.public_prompts = public_prompts
         self.vocabulary: Callable[[str], Vocabulary] | None = None
         """What grammars of a model (empty: the default) are about, made when the first one comes."""
         self._known_vocabularies: set[str] = set()
         """Of which models the present process was told."""
-        self.published: dict[str, list[list[int]]] = {}
-        """By model, the prompts that all apps share: each process is told before its first request."""
         self.num_restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: EngineConnection | None = None
@@ -184,8 +185,7 @@ class EngineHandle:
         return (await self._call(lambda call_id: AskContexts(call_id, app, context_ids))).contexts
 
     def publish(self, model: str, prompts: list[list[int]]) -> None:
-        """See `backend.Backend`. An engine that is starting is told when it is ready."""
-        self.published[model] = prompts
+        """See `backend.Backend`. An engine that is starting is told of all when it is ready."""
         if self._ready is not None:
             self._send(Publish(model, prompts))
 
@@ -302,7 +302,7 @@ class EngineHandle:
                 self._stats = message.stats
         elif isinstance(message, Ready):
             self._ready = self._last_ready = message
-            for model, prompts in self.published.items():
+            for model, prompts in (self.public_prompts.by_model() if self.public_prompts else {}).items():
                 self._send(Publish(model, prompts))
             self._is_ready.set()
             log.info("engine pid %s ready in %.2f s", self.pid, message.load_s)
