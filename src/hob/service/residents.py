@@ -3,8 +3,8 @@
     wanted --room made, reserved--> loading --> ready --idle, rank, pressure, room for another--> draining --> gone
 
 One process holds them all, so that one step at a time has all cores: two processes on the same cores would take turns
-by the kernel's clock, and neither cost model, nor class, nor fairness would mean anything (beside one busy process
-decode keeps 77 % of its speed, beside two 35 %). Turns are shared out in `turns.py`, bytes in `ledger.py`.
+by the kernel's clock, and neither cost model, nor class, nor fairness would mean anything. Turns
+are shared out in `turns.py`, bytes in `ledger.py`, and who holds which model for how long is in `leases.py`.
 
 A request for a model that is not there waits for it; none in flight is ended by an unload. Room is made in this order:
 caches of the least recently used models, their contexts (which go to disk first), idle models by rank. A model that is
@@ -18,6 +18,8 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from hob.config import SchedulerConfig
 from hob.errors import (
@@ -34,6 +36,7 @@ from hob.kvcache.pool import BLOCK_SIZE
 from hob.messages import Answer, FromEngine, Lease, MemoryStats, ModelInfo, ModelSpec, ModelStats, Stats, Unloaded
 from hob.request import FinishReason, OutputError, Place, Request, SequenceOutput
 from hob.scheduler.fairness import VirtualTime
+from hob.service.leases import Leases
 from hob.service.ledger import OVERHEAD_BYTES, Ledger
 from hob.service.resident import MIN_KV_TOKENS, Footprint, Opened, Resident
 from hob.service.totals import merged, retired, stats_of
@@ -128,7 +131,7 @@ class Residents:
         self._residents: dict[str, Resident] = {}
         self._closing: dict[str, Resident] = {}
         self._wanted: dict[str, _Wanted] = {}
-        self._leases: dict[str, dict[str, Lease]] = {}
+        self._leases = Leases(config.keep_alive_s, config.max_keep_alive_s, config.max_rank)
         self._published: dict[str, list[list[int]]] = {}
         self._now = 0.0
         self._tied_since: float | None = None
@@ -219,7 +222,7 @@ class Residents:
         """Drain a model. Raises NotFound if it is not loaded, Conflict if it is pinned."""
         resident = self._known(name)
         if self.is_pinned(name):
-            raise Conflict(f"model '{name}' is pinned by {', '.join(self._leases[name])}. End the lease first.")
+            raise Conflict(f"model '{name}' is pinned by {', '.join(self._leases.apps(name))}. End the lease first.")
         resident.is_draining = True
 
     def set_lease(self, app: str, name: str, lease: Lease | None, now: float) -> None:
@@ -228,26 +231,20 @@ class Residents:
         Raises NotFound, PermissionDenied above the owner's cap.
         """
         if lease is None:
-            self._leases.get(name, {}).pop(app, None)
+            self._leases.end(app, name)
             return
         if name not in self._residents and name not in self._specs:
             self._known(name)  # raises
-        limits = self._config
-        if lease.rank > limits.max_rank or (lease.keep_alive_s or 0) > limits.max_keep_alive_s:
-            raise PermissionDenied(
-                f"a lease of rank {lease.rank} that keeps for {lease.keep_alive_s} s is asked for. The owner allows "
-                f"rank {limits.max_rank} and {limits.max_keep_alive_s:.0f} s."
-            )
+        self._leases.check(lease)
         if lease.is_pinned:
             self._check_pinned(app, name)
-        self._leases.setdefault(name, {})[app] = lease
+        self._leases.put(app, name, lease)
         if name not in self._residents:
             self._want(self._specs[name], now)
         self._set_limits()
 
     def _check_pinned(self, app: str, name: str) -> None:
-        pinned = {n for n, by_app in self._leases.items() if app in by_app and by_app[app].is_pinned} | {name}
-        num_bytes = sum(self._size_of(n) for n in pinned)
+        num_bytes = sum(self._size_of(n) for n in self._leases.pinned_by(app) | {name})
         cap = int(self._config.max_pinned_share * self.ledger.budget_bytes)
         if num_bytes > cap:
             raise PermissionDenied(
@@ -376,14 +373,12 @@ class Residents:
 
     def is_pinned(self, name: str) -> bool:
         """Whether an app's lease holds it."""
-        return any(lease.is_pinned for lease in self._leases.get(name, {}).values())
+        return self._leases.is_pinned(name)
 
     def info_of(self, resident: Resident) -> ModelInfo:
         """What clients are told; a context is no longer than there can be memory for."""
-        info = resident.engine.info
-        return ModelInfo(**{f: getattr(info, f) for f in info.__struct_fields__} | {
-            "context_length": min(info.context_length, resident.pool.max_blocks * BLOCK_SIZE)
-        })  # fmt: skip
+        info, max_tokens = resident.engine.info, resident.pool.max_blocks * BLOCK_SIZE
+        return msgspec.structs.replace(info, context_length=min(info.context_length, max_tokens))
 
     def stats(self, now: float) -> MemoryStats:
         """The ledger and the models."""
@@ -565,27 +560,17 @@ class Residents:
         return sorted(idle, key=self._worth)
 
     def _worth(self, resident: Resident) -> tuple[bool, int, float]:
-        ranks = [lease.rank for lease in self._leases.get(resident.name, {}).values()]
-        return resident.name == self.default, max(ranks, default=0), resident.last_used
+        return resident.name == self.default, self._leases.rank(resident.name), resident.last_used
 
     def _keep_alive_s(self, name: str) -> float:
-        leases = self._leases.get(name, {}).values()
-        times = [
-            lease.keep_alive_s
-            if lease.keep_alive_s is not None
-            else (self._config.max_keep_alive_s if lease.is_pinned else self._config.keep_alive_s)
-            for lease in leases
-        ]
-        if name == self.default:
-            return float("inf")
-        return max([*times, self._config.keep_alive_s])
+        return float("inf") if name == self.default else self._leases.keep_alive_s(name)
 
     def _close(self, resident: Resident) -> None:
         """Begin to unload an idle model: no new requests; what is not on disk of its contexts is copied out first."""
         log.info("unloading model '%s'", resident.name)
         del self._residents[resident.name]
         self._closing[resident.name] = resident
-        self._leases.pop(resident.name, None)
+        self._leases.forget(resident.name)
 
     def _go_on_closing(self, resident: Resident) -> None:
         """Free engine and KV once all is copied; the writer ends in its own time."""
@@ -650,9 +635,9 @@ class Residents:
             num_waiting=len(scheduler.waiting),
             idle_s=0.0 if scheduler.has_work else max(now - resident.last_used, 0.0),
             keep_alive_s=None if name == self.default else self._keep_alive_s(name),
-            rank=self._worth(resident)[1],
+            rank=self._leases.rank(name),
             is_pinned=self.is_pinned(name),
-            leases=list(self._leases.get(name, {})),
+            leases=self._leases.apps(name),
         )
 
 
