@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 if TYPE_CHECKING:
+    from hob.errors import HobError
     from hob.pooling import Pooled
 
 
@@ -206,6 +207,11 @@ class OutputError:
     message: str
     retry_after_s: float | None = None
     param: str | None = None
+
+    @classmethod
+    def of(cls, error: HobError) -> OutputError:
+        """What one of ours becomes; `errors.error_from_name` is the way back."""
+        return cls(type(error).__name__, error.message, error.retry_after_s, error.param)
 
 
 class SequenceOutput(msgspec.Struct, array_like=True):

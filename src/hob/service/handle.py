@@ -225,7 +225,8 @@ class EngineHandle:
         finally:
             del self._calls[call_id]
         if answer.error is not None:
-            error = error_from_name(answer.error.name, answer.error.message, answer.error.retry_after_s)
+            told = answer.error
+            error = error_from_name(told.name, told.message, told.retry_after_s, told.param)
             error.room_bytes = answer.room_bytes
             raise error
         return answer

@@ -159,7 +159,7 @@ class Loop:
                 raise compiled.error
             place = self._residents.submit(compiled.request, self._clock(), compiled.matchers)
         except HobError as error:
-            refusal = OutputError(type(error).__name__, error.message, error.retry_after_s, error.param)
+            refusal = OutputError.of(error)
             return [SequenceOutput(compiled.request.request_id, finish_reason=FinishReason.ERROR, error=refusal)]
         return [] if place is None else [SequenceOutput(compiled.request.request_id, place=place)]
 
@@ -173,7 +173,7 @@ class Loop:
             else:
                 self._residents.set_budget(message.budget_bytes)
         except HobError as error:
-            return Answer(message.call_id, OutputError(type(error).__name__, error.message, error.retry_after_s))
+            return Answer(message.call_id, OutputError.of(error))
         return Answer(message.call_id)
 
     def _context_kv(self, message: AskContexts) -> dict[str, ContextKv]:

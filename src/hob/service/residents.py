@@ -543,13 +543,13 @@ class Residents:
         log.error("model '%s': %s", wanted.spec.name, error)
         self._wanted.pop(wanted.spec.name, None)
         for call_id in wanted.call_ids:
-            self.messages.append(Answer(call_id, _error_of(error), room_bytes=error.room_bytes))
+            self.messages.append(Answer(call_id, OutputError.of(error), room_bytes=error.room_bytes))
         for request, _ in wanted.requests:
             self._end(request, error)
 
     def _end(self, request: Request, error: HobError) -> None:
         self.outputs.append(
-            SequenceOutput(request.request_id, finish_reason=FinishReason.ERROR, error=_error_of(error))
+            SequenceOutput(request.request_id, finish_reason=FinishReason.ERROR, error=OutputError.of(error))
         )
 
     # ---- unloading ----
@@ -608,7 +608,9 @@ class Residents:
             limit = resident.pool.max_blocks * BLOCK_SIZE
             resident.scheduler.cancel(request_id, resident.last_used)
             error = Overloaded(f"the memory budget shrank: the request no longer fits {limit:,} tokens of KV")
-            self.outputs.append(SequenceOutput(request_id, finish_reason=FinishReason.ERROR, error=_error_of(error)))
+            self.outputs.append(
+                SequenceOutput(request_id, finish_reason=FinishReason.ERROR, error=OutputError.of(error))
+            )
 
     # ---- limits ----
 
@@ -639,7 +641,3 @@ class Residents:
             is_pinned=self.is_pinned(name),
             leases=self._leases.apps(name),
         )
-
-
-def _error_of(error: HobError) -> OutputError:
-    return OutputError(type(error).__name__, error.message, error.retry_after_s)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hob.engine.base import Engine
 from hob.engine.batching import build_batch, collect, draws_of, wants_token
 from hob.engine.grammar import Masks, Matcher
-from hob.errors import HobError, InternalError, InvalidRequest
+from hob.errors import HobError, InternalError
 from hob.kvcache.swap import Swap
 from hob.request import OutputError, Sequence, SequenceOutput
 from hob.scheduler.abandon import StepUnderWay
@@ -82,7 +82,7 @@ def compute(engine: Engine, plan: Plan, masks: Masks | None = None) -> list[Chun
         ends = masks.accept(matchers, [token.token_id for token in sampled])
         for (i, _), ended in zip(drawn, ends, strict=True):
             if ended is not None and ended.error is not None:
-                results[i].error = OutputError(InvalidRequest.__name__, ended.error.message, param=ended.error.param)
+                results[i].error = OutputError.of(ended.error)
             elif ended is not None:
                 results[i].is_complete = True
     return results
