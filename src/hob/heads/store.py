@@ -9,12 +9,12 @@ A version appears whole or not at all (written aside, then renamed).
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from hob.durable import write_whole
 from hob.errors import InvalidRequest, NotFound, StorageError
 from hob.heads.head import Head, from_file, to_bytes
 
@@ -69,14 +69,9 @@ class HeadStore:
         folder = self._of(app) / head.task
         numbers = [int(path.stem) for path in folder.glob("*.npz")]
         kept = replace(head, version=max(numbers, default=0) + 1)
-        part = folder / f"{kept.version}.part"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(to_bytes(kept))
-                file.flush()
-                os.fsync(file.fileno())
-            part.rename(part.with_suffix(".npz"))
+            write_whole(folder / f"{kept.version}.npz", to_bytes(kept))
             for number in sorted(numbers)[: max(len(numbers) + 1 - KEPT_VERSIONS, 0)]:
                 (folder / f"{number}.npz").unlink()
         except OSError as error:

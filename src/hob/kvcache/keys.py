@@ -23,6 +23,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from hob.durable import sync_folder
 from hob.errors import ConfigError, StorageError
 
 CREDENTIAL = "hob-device-key"
@@ -113,12 +114,3 @@ def _create(path: Path, data: bytes) -> None:
     finally:
         partial.unlink()
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names that were created in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

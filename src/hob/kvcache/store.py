@@ -31,10 +31,11 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from hob.durable import sync_folder
 from hob.errors import StorageError
 from hob.kvcache.block_index import BlockIndex, Entry, HolderRow, Key
 from hob.kvcache.compression import EXACT, LEVELS, Codec
-from hob.kvcache.keys import NONCE_BYTES, TAG_BYTES, KeyRing, sync_folder
+from hob.kvcache.keys import NONCE_BYTES, TAG_BYTES, KeyRing
 from hob.kvcache.slab import Slab, SlotMap, Write, runs, slot_bytes_for
 
 log = logging.getLogger("hob.store")

@@ -22,13 +22,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hob.durable import sync_folder
 from hob.errors import InvalidRequest, ModelFileError, ModelNotFound, StorageError, UserError
 from hob.models.download import state_path
 from hob.models.fetch import fetch
 from hob.models.gguf import open_gguf
 from hob.models.known import BUILT_IN, Entry, check_name, check_sha256, read_added, write_added
 from hob.models.sources import PathSource, looks_like_source, name_for, parse_source
-from hob.models.spool import Progress, put_in_place, sha256_of, storage_errors, sync_folder
+from hob.models.spool import Progress, put_in_place, sha256_of, storage_errors
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hob.durable import sync_folder
 from hob.errors import StorageError
-from hob.models.spool import sync_folder
 
 
 @contextmanager

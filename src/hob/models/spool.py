@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from hob.durable import sync_folder
 from hob.errors import StorageError
 
 CHUNK_BYTES = 1 << 20
@@ -110,12 +111,3 @@ def put_in_place(part: Path, destination: Path) -> None:
     with storage_errors(part, 0):
         part.replace(destination)
         sync_folder(destination.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from hob.durable import write_whole
 from hob.errors import Conflict, InvalidRequest, NotFound, StorageError
 
 KEY_PREFIX = "hob_"
@@ -100,12 +101,9 @@ class Apps:
             raise Conflict(f"app '{name}' has a {what} already. Remove it first: `hob app rm {name}`.", param="name")
 
     def _save(self, file: AppsFile) -> None:
-        partial = self._path.with_suffix(".tmp")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            partial.touch(mode=0o600)
-            partial.write_bytes(msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n")
-            partial.rename(self._path)
+            write_whole(self._path, msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n")
         except OSError as error:
             raise StorageError(f"cannot write the apps to '{self._path}': {error.strerror}") from error
         self.file = file

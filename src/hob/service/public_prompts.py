@@ -8,13 +8,13 @@ Written by the daemon only, whole, so that a reader sees the old file or the new
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from hob.durable import write_whole
 from hob.errors import InvalidRequest, NotFound, RateLimited, StorageError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -82,15 +82,9 @@ class PublicPrompts:
         return removed
 
     def _save(self, prompts: dict[str, PublicPrompt]) -> None:
-        partial = self._path.with_suffix(".tmp")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            partial.touch(mode=0o600)
-            with partial.open("wb") as file:
-                file.write(msgspec.json.encode(_File(prompts)) + b"\n")
-                file.flush()
-                os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
-            partial.rename(self._path)
+            write_whole(self._path, msgspec.json.encode(_File(prompts)) + b"\n")
         except OSError as error:
             raise StorageError(f"cannot write the public prompts to '{self._path}': {error.strerror}") from error
         self.by_name = prompts
