@@ -16,7 +16,6 @@
 #include "forward.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -32,10 +31,6 @@ namespace {
 
 constexpr int kFewRows = 32;       // up to here threads split outputs: ahead below 20 rows, level at 24 to 30 (2 cores)
 static_assert(kFewRows <= kMaxBlockRows);
-
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 // A view of an input buffer for rows of k values.
 Acts shaped(const Acts& acts, int k) { return {acts.tiles, acts.rows, padded(k) / kGroup, padded(k)}; }

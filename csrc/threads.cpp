@@ -4,7 +4,6 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -34,10 +33,6 @@ enum State : uint64_t { kOver = 0, kOpen = 1, kClosed = 2 };
 uint64_t make_turn(uint64_t number, State state) { return number * 4 + state; }
 uint64_t number_of(uint64_t turn) { return turn / 4; }
 State state_of(uint64_t turn) { return static_cast<State>(turn % 4); }
-
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 void relax() {
 #if defined(__x86_64__)

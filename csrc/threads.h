@@ -26,11 +26,17 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <thread>
 #include <vector>
 
 namespace hob {
+
+// By the steady clock.
+inline int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 struct Job {
   int num_pieces = 0;
@@ -38,7 +44,7 @@ struct Job {
   void (*work)(void* context, int piece, int thread) = nullptr;  // runs a piece; of a repeatable job: commits it
   void* (*prepare)(void* context, int thread) = nullptr;         // repeatable jobs only; the result goes to compute
   void (*compute)(void* prepared, int piece) = nullptr;
-  int64_t start_ns = 0;  // of a repeatable job: when it began, by the steady clock
+  int64_t start_ns = 0;  // of a repeatable job: when it began, by now_ns()
 };
 
 class Chain {
