@@ -15,7 +15,7 @@ from pathlib import Path
 
 import hob
 from hob.tasks.datasets import read_examples, read_rows
-from hob.tasks.files import trust_lines
+from hob.tasks.files import in_calls, trust_lines
 
 TASK = "support"
 PERSON = "a person"
@@ -29,7 +29,7 @@ def main(answered: Path, new: Path, routed: Path) -> None:
         client.train_task(TASK, examples)
         print(client.trained_task(TASK)["reason"])
         print("\n".join(trust_lines(client.task(TASK))))
-        answers = client.run_task(TASK, [row["message"] for row in rows])
+        answers = list(in_calls([row["message"] for row in rows], lambda some: client.run_task(TASK, some)))
     with routed.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], "team", "probability", "why"])
         writer.writeheader()

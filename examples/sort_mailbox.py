@@ -16,7 +16,7 @@ from email.message import Message
 from pathlib import Path
 
 import hob
-from hob.tasks.files import trust_lines
+from hob.tasks.files import in_calls, trust_lines
 
 TASK = "mailbox"
 MAX_CHARS = 2000
@@ -39,7 +39,8 @@ def main() -> None:
         print(client.trained_task(TASK)["reason"])
         print("\n".join(trust_lines(client.task(TASK))))
         keys = list(inbox.keys())
-        answers = client.run_task(TASK, [text_of(inbox[key]) for key in keys]) if keys else []
+        texts = [text_of(inbox[key]) for key in keys]
+        answers = list(in_calls(texts, lambda some: client.run_task(TASK, some)))
     for key, answer in zip(keys, answers, strict=True):
         target = None if answer["out_of_domain"] else answer["label"]
         subject = str(make_header(decode_header(inbox[key].get("Subject", "(no subject)"))))

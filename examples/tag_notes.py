@@ -14,6 +14,7 @@ from pathlib import Path
 
 import hob
 from hob.tasks import metrics
+from hob.tasks.files import in_calls
 
 MARK = "tag: "
 MAX_CHARS = 1500
@@ -32,7 +33,7 @@ def main() -> None:
     with hob.Client(app="notes") as client:
         notes = {path: path.read_text(encoding="utf-8") for path in sorted(args.notes.glob("**/*.md"))}
         asked = [body_of(text)[:MAX_CHARS] for text in notes.values()]
-        replies = client.classify(asked, tags)["data"] if asked else []
+        replies = list(in_calls(asked, lambda texts: client.classify(texts, tags)["data"]))
         for (path, text), reply in zip(notes.items(), replies, strict=True):
             tagged = text.partition("\n")[0]
             probability = max(entry["probability"] for entry in reply["labels"])

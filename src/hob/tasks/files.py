@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,18 @@ def classify_file(data: Path | None, output: Path | None, text_column: str, clas
     try:
         writer = csv.DictWriter(file, [*columns, *ADDED], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        for start in range(0, len(rows), CALL_TEXTS):
-            some = rows[start : start + CALL_TEXTS]
-            for row, answer in zip(some, classify([row[text_column] for row in some]), strict=True):
-                writer.writerow({**row, **_added(answer)})
+        for row, answer in zip(rows, in_calls([row[text_column] for row in rows], classify), strict=True):
+            writer.writerow({**row, **_added(answer)})
     finally:
         if output is not None:
             file.close()
     return len(rows)
+
+
+def in_calls(texts: list[str], classify: Classify) -> Iterator[dict[str, Any]]:
+    """Answers for any number of texts: a call takes a few thousand at most, and an interruption should lose little."""
+    for start in range(0, len(texts), CALL_TEXTS):
+        yield from classify(texts[start : start + CALL_TEXTS])
 
 
 def _added(answer: dict[str, Any]) -> dict[str, str]:
