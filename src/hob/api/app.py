@@ -25,9 +25,9 @@ from hob.api.completions import completions
 from hob.api.edge import Edge
 from hob.api.embeddings import embeddings
 from hob.api.metrics import metrics
-from hob.api.openapi import document
+from hob.api.openapi import api_document
 from hob.api.overview import events, overview
-from hob.api.replies import error_reply, json_reply
+from hob.api.replies import error_reply
 from hob.api.scores import score_texts
 from hob.api.services import Services
 from hob.api.tokenize import tokenize
@@ -58,7 +58,7 @@ GETS: dict[str, Callable[[Call], Awaitable[Response]]] = {
     "/hob/v1/events": events,
     "/metrics": metrics,
     "/health": info.health,
-    "/openapi.json": lambda call: _document(),
+    "/openapi.json": api_document,
     "/api/tags": ollama_models.tags,
     "/api/ps": ollama_models.ps,
     "/api/version": ollama_models.version,
@@ -130,10 +130,6 @@ def _get(route: Callable[[Call], Awaitable[Response]], call_of: Callable[[Reques
         return await route(call_of(request))
 
     return endpoint
-
-
-async def _document() -> Response:
-    return json_reply(document())
 
 
 def _model(call_of: Callable[[Request], Call]) -> Handler:

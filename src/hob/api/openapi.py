@@ -7,12 +7,15 @@ from functools import cache
 from typing import Any
 
 import msgspec
+from starlette.responses import Response
 
 from hob import __version__
 from hob.api.apps import NewApp
+from hob.api.call import Call
 from hob.api.context_turns import TurnRequest
 from hob.api.contexts import CreateRequest, ForkRequest
 from hob.api.ollama_schema import ChatBody, EmbedBody, GenerateBody, NameBody, OldEmbedBody
+from hob.api.replies import json_reply
 from hob.api.schema import (
     ChatRequest,
     ClassifyRequest,
@@ -76,6 +79,11 @@ _ERROR_SCHEMA = {
         }
     },
 }
+
+
+async def api_document(call: Call) -> Response:
+    """/openapi.json."""
+    return json_reply(document())
 
 
 @cache

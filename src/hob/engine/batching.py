@@ -22,6 +22,10 @@ MEASURE_EVERY = 64
 """Tokens after which a context's attention is measured again: it costs as much as a step or two."""
 
 
+_STREAMING = [int(Out.LOGITS)], [0]
+"""`_outputs` of a row after which a token is drawn, by far the most frequent one. Not to be changed."""
+
+
 class ChunkLike(Protocol):
     """Rows [start, end) of a sequence."""
 
@@ -73,9 +77,6 @@ def build_batch(chunks: Many[ChunkLike], num_layers: int, adapters: Mapping[str,
         depth=max(layers[-1], 1) if is_shallow else 0,
         measured=measured,
     )
-
-
-_STREAMING = [int(Out.LOGITS)], [0]
 
 
 def _adapter_id(chunk: ChunkLike, adapters: Mapping[str, int]) -> int:
