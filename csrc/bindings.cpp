@@ -235,6 +235,7 @@ void write_block(KvPool& pool, int i, nb::handle data) {
   pool.check(i);
   const Buffer buffer(data);
   if (buffer.size() != pool.block_bytes()) refuse("block data has ", buffer.size(), " bytes, expected ", pool.block_bytes());
+  nb::gil_scoped_release release;  // pages are made as they are first touched, and several threads write at once
   std::memcpy(pool.block(i), buffer.data(), buffer.size());
 }
 

@@ -14,7 +14,7 @@ from tests.unit.test_scheduler import prompt, solo
 from tests.unit.test_swap import World, restored
 
 from hob.errors import StorageError
-from hob.kvcache.compression import EXACT, LEVELS, Codec, KvShape, levels_of
+from hob.kvcache.compression import EXACT, LEVELS, Codec, KvShape, levels_of, stored_share
 from hob.kvcache.keys import KeyRing
 from hob.kvcache.store import BlockStore
 from hob.request import Request, SamplingParams
@@ -74,6 +74,15 @@ def test_fewer_bits_take_less() -> None:
     assert sizes == [368_640, 213_120, 120_960, 74_880]
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_what_a_context_is_taken_for_is_near_what_it_takes(head_dim: int) -> None:
+    codec, num_blocks = Codec(KvShape(4, 2, head_dim)), 100
+    for bits in (16, 8, 4, 3):
+        taken = sum(map(codec.num_bytes, levels_of(bits, [i / 100 for i in range(num_blocks)], num_blocks)))
+        exact = num_blocks * codec.num_bytes(16)
+        assert taken <= stored_share(bits) * exact <= 1.1 * taken
+
+
 # ---- who gets how many ----
 
 
@@ -115,8 +124,8 @@ def put(store: BlockStore, context: str, levels: dict[int, int], bits: int = 3) 
 
 
 def get(store: BlockStore, count: int) -> list[bytes | None]:
-    pieces = store.pieces("app", [key(n) for n in range(count)], 16)
-    return [None if block is None else bytes(block) for piece in pieces for block in store.read(piece)]
+    pieces, out = store.pieces("app", [key(n) for n in range(count)], 16), memoryview(bytearray(store.block_bytes))
+    return [bytes(out) if is_there else None for piece in pieces for is_there in store.read(piece, out)]
 
 
 def expected(levels: dict[int, int]) -> list[bytes]:

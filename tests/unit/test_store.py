@@ -46,10 +46,11 @@ def put(store: BlockStore, context_id: str, numbers: Sequence[int], app: str = "
 
 
 def get(store: BlockStore, numbers: Sequence[int], app: str = "app") -> list[bytes | None]:
+    out = memoryview(bytearray(store.block_bytes))
     return [
-        None if b is None else bytes(b)
+        bytes(out) if is_there else None
         for piece in store.pieces(app, [key(n) for n in numbers], 16)
-        for b in store.read(piece)
+        for is_there in store.read(piece, out)
     ]
 
 

@@ -12,6 +12,7 @@ from hob.config import SchedulerConfig
 from hob.engine.fake import CostModel, FakeClock, FakeEngine
 from hob.kvcache.compression import Codec
 from hob.kvcache.keys import KeyRing
+from hob.kvcache.second_level import Load
 from hob.kvcache.store import BlockStore
 from hob.kvcache.swap import Swap
 from hob.request import Request, SamplingParams, SequenceOutput, ServiceClass
@@ -150,6 +151,18 @@ def test_cancelling_while_it_loads_gives_the_blocks_back(tmp_path: Path) -> None
     world.turn("other", prompt(900, 7), context="d")  # over the same blocks, while pieces still arrive
     assert world.tokens["other"] == solo(prompt(900, 7)).tokens["solo", 0]
     world.swap.close()
+
+
+def test_a_cancelled_load_writes_nothing_into_what_is_somebody_elses() -> None:
+    memory, data = FakeEngine(), memoryview(bytes(range(128)))
+    memory.open_pool(2)
+    load = Load("app", [b"a", b"b"], [0, 1], is_written=[False, False])
+    load.put(memory, 0, data)
+    load.cancel()
+    load.put(memory, 1, data)
+    assert memory.read_block(0) == data
+    assert memory.read_block(1) != data
+    assert load.is_written == [True, False]
 
 
 def test_others_run_while_one_loads(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ MIXED = 3
 SHARES = (0.05, 0.5)
 """Of MIXED: of the blocks that get 8, and 8 or 4. The first block is looked at most, by every row (attention sinks)."""
 
+SCALES_SHARE = 0.08
+"""Of a block as it is, what its scales take: 4 bytes for each 16 keys and for each 64 values or more (a head)."""
+
 Floats = NDArray[np.float32]
 
 
@@ -56,6 +59,15 @@ def levels_of(
     for place, i in enumerate(order[:num_4]):
         levels[i] = 8 if place < num_8 else 4
     return levels
+
+
+def stored_share(kv_bits: int) -> float:
+    """What a context that asks for so many bits takes on disk, beside one that is kept as it is. 4: 0.33."""
+    if kv_bits == EXACT:
+        return 1.0
+    densest, dense = SHARES
+    mean = kv_bits if kv_bits != MIXED else 8 * densest + 4 * (dense - densest) + 2 * (1 - dense)
+    return mean / EXACT + SCALES_SHARE
 
 
 class Codec:

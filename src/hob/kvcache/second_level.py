@@ -5,6 +5,7 @@ No policy and no bytes of its own: `swap.py` answers, `scheduler.placement` asks
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -58,7 +59,7 @@ class SecondLevel(Protocol):
 
 
 class BlockMemory(Protocol):
-    """The engine's pool, as far as swapping goes. Called by the loop's thread only."""
+    """The engine's pool, as far as swapping goes: read by the loop's thread, written by those that read the disk."""
 
     def read_block(self, block_id: int) -> bytes: ...
     def write_block(self, block_id: int, data: bytes | memoryview) -> None: ...
@@ -76,7 +77,7 @@ class Leave:
 
 @dataclass(eq=False, slots=True)
 class Load:
-    """Blocks of a sequence on their way from disk. Whoever takes the blocks back sets `is_cancelled`."""
+    """Blocks of a sequence on their way from disk. Whoever takes the blocks back calls `cancel` before."""
 
     app: str
     keys: list[Key]
@@ -87,6 +88,19 @@ class Load:
     num_pending: int = 0
     is_written: list[bool] = field(default_factory=list)
     begun_s: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def cancel(self) -> None:
+        """The blocks are somebody else's from now on: nothing is written into them any more."""
+        with self._lock:
+            self.is_cancelled = True
+
+    def put(self, memory: BlockMemory, i: int, data: memoryview) -> None:
+        """Write its block `i`, in a reader's thread."""
+        with self._lock:
+            if not self.is_cancelled:
+                memory.write_block(self.block_ids[i], data)
+                self.is_written[i] = True
 
     @property
     def num_loaded(self) -> int:

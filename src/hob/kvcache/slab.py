@@ -22,6 +22,8 @@ log = logging.getLogger("hob.store")
 PAGE = 4096
 _PUNCH_KEEP_SIZE = 0x02 | 0x01
 _libc = ctypes.CDLL(None, use_errno=True)
+_buffers = threading.local()
+"""One for each thread that reads, whatever number of files it reads: each app has its own."""
 
 Write = Callable[[int, "Sequence[bytes | memoryview]", int], int]
 """os.pwritev; tests put one in that fails."""
@@ -100,7 +102,6 @@ class Slab:
         self.slot_bytes = slot_bytes
         self._write = write
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._buffers = threading.local()
         try:
             self._read_fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
         except OSError as error:
@@ -112,9 +113,9 @@ class Slab:
     def read(self, first: int, count: int) -> memoryview:
         """Bytes of neighbouring slots, valid until this thread reads again; short at the file's end. Raises OSError."""
         wanted = count * self.slot_bytes
-        buffer: mmap.mmap | None = getattr(self._buffers, "buffer", None)
+        buffer: mmap.mmap | None = getattr(_buffers, "buffer", None)
         if buffer is None or len(buffer) < wanted:
-            buffer = self._buffers.buffer = mmap.mmap(-1, wanted)  # anonymous maps are page-aligned, as O_DIRECT wants
+            buffer = _buffers.buffer = mmap.mmap(-1, wanted)  # anonymous maps are page-aligned, as O_DIRECT wants
         view = memoryview(buffer)[:wanted]
         done = 0
         while done < wanted:

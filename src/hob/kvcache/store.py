@@ -206,12 +206,11 @@ class BlockStore:
 
     # ---- reading: any thread ----
 
-    def read(self, piece: Piece, buffer: bytearray | None = None) -> list[memoryview | None]:
-        """The blocks of a piece; None for one that is gone or was refused.
+    def read(self, piece: Piece, block: memoryview) -> Iterator[bool]:
+        """Each block of a piece in turn, in `block`; False for one that is gone or was refused.
 
-        They lie in `buffer`, which must hold them all; None makes a new one, whose pages cost as much as reading them.
+        One at a time: what is copied on before the next comes is still in the core's own cache.
         """
-        plain = memoryview(bytearray(len(piece.keys) * self.block_bytes) if buffer is None else buffer)
         bits = piece.entries[0].bits
         shelf, slab = self._shelf(piece.app), self._drawer(piece.app, bits).slab
         num_bytes, stride = self._stored_bytes(bits), slab.slot_bytes
@@ -220,12 +219,9 @@ class BlockStore:
         except OSError as error:
             log.error("cannot read '%s': %s", slab.path, error)
             raw = memoryview(b"")
-        blocks: list[memoryview | None] = []
         for i, (key, entry) in enumerate(zip(piece.keys, piece.entries, strict=True)):
             sealed = raw[i * stride : i * stride + num_bytes + TAG_BYTES]
-            block = plain[i * self.block_bytes : (i + 1) * self.block_bytes]
-            blocks.append(block if self._open(piece.app, shelf, key, entry, sealed, block) else None)
-        return blocks
+            yield self._open(piece.app, shelf, key, entry, sealed, block)
 
     def _open(self, app: str, shelf: Shelf, key: Key, entry: Entry, sealed: memoryview, block: memoryview) -> bool:
         """Decrypt one block, and give it its bits back. False: it is not what the index says."""

@@ -287,7 +287,7 @@ class Placement:
         self._copies = [copy for copy in self._copies if copy.destination not in sequence.block_table]
         if sequence.is_loading:
             load = next(load for load, owner in self._loads.items() if owner is sequence)
-            load.is_cancelled = True
+            load.cancel()
             del self._loads[load]
             sequence.is_loading = False
         self.pool.free(sequence.block_table)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from hob.kvcache.compression import stored_share
 from hob.kvcache.contexts import ContextStore
 from hob.request import Request, ServiceClass
 from hob.service.backend import Backend
@@ -38,9 +39,9 @@ class GatedBackend:
             grant.check_adapter(request.adapter.partition("@")[0])
         request.weight = grant.weight
         if request.context_id is not None and self._contexts is not None and grant.rules.context_bytes is not None:
-            rows = await asyncio.to_thread(self._contexts.by_app)
-            num_tokens = sum(tokens for app, _, tokens in rows if app == request.app)
-            grant.check_context_bytes(num_tokens * self._backend.model.kv_bytes_per_token)
+            records = await asyncio.to_thread(self._contexts.records, request.app)
+            num_exact = sum(record.num_tokens * stored_share(record.facts.kv_bits) for record in records)
+            grant.check_context_bytes(int(num_exact * self._backend.model.kv_bytes_per_token))
         if request.service_class is ServiceClass.BACKGROUND:
             await self._conditions.clear()
 

@@ -10,7 +10,7 @@ import msgspec
 from hob.config import EngineConfig, SchedulerConfig
 from hob.engine.base import BLOCK_SIZE, Engine
 from hob.kvcache.slab import slot_bytes_for
-from hob.kvcache.swap import MAX_BUFFERS, MAX_QUEUED_BYTES, NUM_READERS, PIECE_BLOCKS
+from hob.kvcache.swap import MAX_QUEUED_BYTES, NUM_READERS, PIECE_BLOCKS
 from hob.messages import ModelSpec
 from hob.scheduler.scheduler import Scheduler
 from hob.service.disk import DiskSpec, open_disk
@@ -101,9 +101,8 @@ class ModelOpener:
         disk = self._spec.disk
         if disk is None or not disk.max_bytes:
             return footprint
-        piece = PIECE_BLOCKS * slot_bytes_for(footprint.block_bytes)
-        num_pieces = MAX_BUFFERS + 2 * NUM_READERS + 1
-        num_bytes = num_pieces * piece + self._max_queued_bytes
+        in_bytes = NUM_READERS * (PIECE_BLOCKS + 1) * slot_bytes_for(footprint.block_bytes)
+        num_bytes = in_bytes + self._max_queued_bytes
         return Footprint(
             footprint.weight_bytes, footprint.scratch_bytes, footprint.block_bytes, footprint.page_bytes, num_bytes
         )

@@ -35,7 +35,7 @@ def run_step(
         for leave in scheduler.placement.take_leaves():
             swap.leave(engine, leave)
         for load in scheduler.placement.take_loads():
-            swap.begin(load)
+            swap.begin(engine, load)
     if plan is None:
         return None
     try:
