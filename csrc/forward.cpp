@@ -30,7 +30,7 @@ namespace hob {
 namespace {
 
 constexpr int kFewRows = 32;       // up to here threads split outputs: ahead below 20 rows, level at 24 to 30 (2 cores)
-static_assert(kFewRows <= kMaxBlockRows);
+static_assert(kFewRows <= kHeadRows && kHeadRows <= kMaxBlockRows);
 
 // A view of an input buffer for rows of k values.
 Acts shaped(const Acts& acts, int k) { return {acts.tiles, acts.rows, padded(k) / kGroup, padded(k)}; }
@@ -808,8 +808,8 @@ class Step : private Chain {
     const std::vector<int32_t>* lists[] = {&w_.logits_rows, &w_.score_rows};
     for (const auto* rows : lists) {
       const bool is_score = rows == &w_.score_rows;
-      for (size_t i = 0; i < rows->size(); i += kMaxBlockRows) {
-        const int count = static_cast<int>(std::min<size_t>(kMaxBlockRows, rows->size() - i));
+      for (size_t i = 0; i < rows->size(); i += kHeadRows) {
+        const int count = static_cast<int>(std::min<size_t>(kHeadRows, rows->size() - i));
         float* out = is_score ? w_.score_logits : w_.logits + static_cast<ptrdiff_t>(i) * w_.vocab_padded;
         auto logits = parts([&](Scratch& s) { head_input(rows->data() + i, count, s); },
                      [&](int piece, Scratch& s) { put_logits(piece, count, out, s); });

@@ -28,7 +28,7 @@ namespace hob {
 namespace {
 
 constexpr int kSpan = 6;           // groups whose weights are unpacked at once
-constexpr int kPassRows = 48;      // rows for which that is done
+constexpr int kPassRows = 96;      // rows for which that is done
 constexpr int kLeastTileRows = 29; // up to 28 rows VNNI is ahead: a decode step is bound by reading weights
 constexpr int kSums = kCodeRows * kPanel;
 

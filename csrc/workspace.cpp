@@ -42,8 +42,8 @@ Workspace::Workspace(const Model& model_, int max_rows_)
   arena_.add(&num_partials, rows * heads);
   arena_.add(&partials, static_cast<size_t>(kMaxPartials) * static_cast<size_t>(kPartialHead + net.head_dim));
   ffn.resize(static_cast<size_t>(model.threads->num_threads()) + 1);
-  for (Acts& acts : ffn) add_acts(&acts, model.ffn_size(), kMaxBlockRows);
-  arena_.add(&score_logits, kMaxBlockRows * vocab);
+  for (Acts& acts : ffn) add_acts(&acts, model.ffn_size(), kHeadRows);
+  arena_.add(&score_logits, kHeadRows * vocab);
   arena_.add(&hidden, rows * static_cast<size_t>(net.num_layers + 1) * static_cast<size_t>(net.hidden_size));
   arena_.add(&score_logprob, rows);
   arena_.add(&top_ids, rows * kMaxTops);
@@ -56,7 +56,7 @@ Workspace::Workspace(const Model& model_, int max_rows_)
     arena_.add(&s.heads, static_cast<size_t>(kMaxBlockRows) * static_cast<size_t>(padded(std::max(model.heads_size(), model.kv_size()))));
     arena_.add(&s.gate, kMaxBlockRows * kPanel);
     arena_.add(&s.up, kMaxBlockRows * kPanel);
-    arena_.add(&s.head, kMaxBlockRows * kHeadPanels * kPanel);
+    arena_.add(&s.head, kHeadRows * kHeadPanels * kPanel);
     arena_.add(&s.row_adapters, kMaxBlockRows);
     arena_.add(&s.attention, attention_scratch_floats(net.head_dim));
     arena_.add(&s.adapted, static_cast<size_t>(kMaxBlockRows) * kMaxStacked);

@@ -14,7 +14,8 @@
 
 namespace hob {
 
-constexpr int kMaxBlockRows = 48;    // most rows a thread takes through a layer at once
+constexpr int kMaxBlockRows = 96;    // most rows a thread takes through a layer at once
+constexpr int kHeadRows = 48;        // .. and through the head
 constexpr int kMaxTops = 128;        // most likely tokens one may ask for
 constexpr int kHeadPanels = 16;      // panels of the head in one piece: 310 KB of 8-bit weights
 constexpr int kMaxPartials = 2048;   // attention results of split chunks kept for merging
@@ -50,7 +51,7 @@ struct Scratch {
   float* heads;      // (kMaxBlockRows, max(Qp, KVp)): queries, keys or values before they go where they belong
   float* gate;       // (kMaxBlockRows, 32); and a panel of what out and down give
   float* up;         // (kMaxBlockRows, 32)
-  float* head;       // (kMaxBlockRows, kHeadPanels x 32) logits before they go where they belong
+  float* head;       // (kHeadRows, kHeadPanels x 32) logits before they go where they belong
   const Adapter** row_adapters;  // (kMaxBlockRows) where `adapters` lie
   float* attention;  // attention_scratch_floats
   float* adapted;    // (kMaxBlockRows, kMaxStacked) A x of the rows' adapters
@@ -104,7 +105,7 @@ class Workspace {
   int32_t* busy_experts;    // (experts) those that have pairs
   float* expert_out;        // (R x active, Hp) what each sorted pair's expert gave
   float* logits;            // (R, Vp)
-  float* score_logits;      // (kMaxBlockRows, Vp)
+  float* score_logits;      // (kHeadRows, Vp)
   float* hidden;            // (R, num_kept, H) with up to layers + 1 kept
   float* score_logprob;     // (R)
   int32_t* top_ids;         // (R, kMaxTops)

@@ -18,8 +18,10 @@ from hob.errors import ModelFileError
 from hob.models.network import Network
 from hob.models.packed_file import open_packed
 
-BLOCK_ROWS = 48
+BLOCK_ROWS = 96
 """Rows a thread takes through a layer at once."""
+HEAD_ROWS = 48
+""".. and through the head, and most of a step whose outputs threads split."""
 TOPS = 128
 STACKED_RANKS = 768
 """Most ranks of the adapters of a fused layer, side by side."""
@@ -63,7 +65,7 @@ def _adapter_bytes(name: str, network: Network, config: EngineConfig) -> int:
 def scratch_bytes(network: Network, max_rows: int, max_logits: int, num_threads: int) -> int:
     """Most bytes beside weights and KV, `max_logits` rows of logits included.
 
-    SmolLM2-135M, 512 rows, 64 of them with logits, two threads: 79 MB, of which states of all layers are 37.
+    SmolLM2-135M, 512 rows, 64 of them with logits, two threads: 80 MB, of which states of all layers are 37.
     """
     heads = network.num_heads * network.head_dim
     kv = network.num_kv_heads * network.head_dim
@@ -72,12 +74,14 @@ def scratch_bytes(network: Network, max_rows: int, max_logits: int, num_threads:
     states = (network.num_layers + 1) * network.hidden_size  # of all layers, where an app asks for them
     per_row = states + network.hidden_size + 2 * heads + network.head_dim + 2 * network.num_heads + 2 * TOPS + 256
     per_row += network.hidden_size * network.post_norms + network.num_active_experts * (network.hidden_size + 36)
-    shared = _acts(ffn) + PARTIALS * (network.head_dim + 8) + BLOCK_ROWS * vocab
+    shared = _acts(ffn, HEAD_ROWS) + PARTIALS * (network.head_dim + 8) + HEAD_ROWS * vocab
     own = (
-        _acts(widest)
-        + 2 * _acts(ffn)
+        _acts(widest, BLOCK_ROWS)
+        + _acts(ffn, BLOCK_ROWS)
+        + _acts(ffn, HEAD_ROWS)
         + widest
-        + BLOCK_ROWS * (max(heads, kv) + STACKED_RANKS + HEAD_PIECE + 96)
+        + BLOCK_ROWS * (max(heads, kv) + STACKED_RANKS + 96)
+        + HEAD_ROWS * HEAD_PIECE
         + 64 * network.head_dim
         + 5 * vocab
     )
@@ -85,6 +89,6 @@ def scratch_bytes(network: Network, max_rows: int, max_logits: int, num_threads:
     return int(4 * floats * SLACK) + (2 << 20)
 
 
-def _acts(size: int) -> int:
+def _acts(size: int, rows: int) -> int:
     """Floats of a linear layer's input: as float32 and, quantised, some ten bytes more in eight."""
-    return BLOCK_ROWS * (size + 32) * 3 // 2
+    return rows * (size + 32) * 3 // 2
