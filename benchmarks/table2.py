@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,9 @@ def main() -> None:
     if not args.json:
         print(f"{'':21}{'majority':>9}{'tfidf':>7}{'zero':>7}{'h32':>7}{'h128':>7}{'all':>7}{'states':>7}  published")
     with _client(args) as client:
-        for one in sets:
+        for i, one in enumerate(sets):
             start = time.perf_counter()
+            print(f"{i + 1} of {len(sets)}: {one.name}", file=sys.stderr)
             rows[one.name] = _kept_row(one, client, args)
             if not args.json:
                 print(_line(one, rows[one.name], time.perf_counter() - start), flush=True)
@@ -91,14 +93,14 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path)
     parser.add_argument("--test-share", type=float, default=0.3, help="share of the rows to test on, without --test")
     parser.add_argument("--only", default="", help="names, with commas between them")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "hob-table2")
     parser.add_argument(
-        "--zero-shot-rows", type=int, default=100, help="test rows for zero-shot at most; 0: leave it out"
+        "--zero-shot-rows", type=int, default=200, help="test rows for zero-shot at most; 0: leave it out"
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--socket", help="a daemon's socket; unset: one is started if none runs")
@@ -137,10 +139,8 @@ def _sets(args: argparse.Namespace) -> Iterator[Set]:
 
 def _kept_row(one: Set, client: Client, args: argparse.Namespace) -> dict[str, Any]:
     """A row that was made before of the same data by the same program and model, or a new one."""
-    digest = hashlib.sha256(repr((one, args.zero_shot_rows, args.seeds, client.stats()["model"])).encode())
-    for folder in (Path(hob.tasks.__file__).parent, Path(hob.heads.__file__).parent, Path(__file__)):
-        for path in sorted([folder, *folder.glob("**/*.py"), *folder.glob("**/*.toml")]):
-            digest.update(path.read_bytes() if path.is_file() else b"")
+    made_from = (one, args.zero_shot_rows, args.seeds, client.stats()["model"], _program())
+    digest = hashlib.sha256(repr(made_from).encode())
     path = args.cache / "rows" / f"{one.name}-{digest.hexdigest()[:16]}.json"
     if path.is_file():
         kept: dict[str, Any] = json.loads(path.read_text())
@@ -149,6 +149,17 @@ def _kept_row(one: Set, client: Client, args: argparse.Namespace) -> dict[str, A
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(row))
     return row
+
+
+@cache
+def _program() -> str:
+    """A digest of what makes a row, as it was when the run began."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for module in (hob.tasks, hob.heads):
+        folder = Path(module.__file__ or "").parent
+        for path in sorted([*folder.glob("**/*.py"), *folder.glob("**/*.toml")]):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _row(one: Set, client: Client, args: argparse.Namespace) -> dict[str, Any]:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from hob.errors import Conflict, InvalidRequest, NotFound, StorageError
-from hob.heads.head import Features, Head, from_file, to_bytes
-from hob.heads.parts import Part, is_marked, parts_of, plain
+from hob.heads.head import Features, Head, from_file, standardised, to_bytes
+from hob.heads.parts import LEAD, TEXT, Part, is_marked, parts_of, plain
 from hob.heads.store import KEPT_VERSIONS, HeadStore
 from hob.heads.words import fit_idf, weights_of, words_of
 from hob.tasks import train
 
-GATHERED = Features([2, 4], [("mean", ""), ("max", ""), ("last", "")])
+GATHERED = Features([2, 4], [("mean", TEXT), ("max", TEXT), ("last", TEXT)])
 SIZE = 8
 NUM_VALUES = GATHERED.num_blocks * SIZE
 
@@ -53,6 +53,28 @@ def test_it_learns_what_is_there(head: Head) -> None:
     assert right > 0.8
     assert abs(head.trust.accuracy - right) < 0.12, "what it claims is what it does"
     assert head.trust.macro_f1 > head.trust.majority_f1 + 0.4
+
+
+def test_a_regression_of_some_values_scores_the_same_within_the_matrix_of_all() -> None:
+    """So a mean of regressions that read different layers and pools is one matrix."""
+    read = replace(GATHERED, layers=[4], pools=GATHERED.pools[:2], has_words=True)
+    texts, code = [f"say {label}" for label in LABELS], np.array([ord(label) - ord("a") for label in LABELS])
+    values = states(LABELS, 0)
+    words = train._word_matrix(texts, fit_idf(texts))
+    scores = []
+    for given in (GATHERED, read):
+        some = train.blocks_of(values, GATHERED, given)
+        x = standardised(some, some.mean(axis=0), some.std(axis=0))
+        weights, bias = train._fit(x, words, given, read, code, [3.0, 10.0])
+        scores.append(np.concatenate([x, words.toarray()], axis=1) @ weights.T + bias)
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+def test_where_all_were_right_a_head_is_still_not_certain() -> None:
+    sure = made(LABELS, strength=20.0, with_words=False)
+    values = train.blocks_of(states(LABELS, 1, 20.0), GATHERED, sure.features)
+    probabilities = [a.probability for a in sure.answers(values, [""] * len(LABELS))]
+    assert 0.95 < float(np.median(probabilities)) < 0.9999
 
 
 def test_it_claims_nothing_where_there_is_nothing() -> None:
@@ -175,19 +197,20 @@ def test_another_model_is_refused(head: Head) -> None:
 def test_parts_of_a_marked_text() -> None:
     text = "The <e1>company</e1> makes <e2>chairs</e2>."
     assert parts_of(text) == [
-        Part("The"),
-        Part(" company", ("e1",)),
-        Part(" makes"),
-        Part(" chairs", ("e2",)),
-        Part("."),
+        Part("The", (TEXT,)),
+        Part(" company", (TEXT, "e1")),
+        Part(" makes", (TEXT,)),
+        Part(" chairs", (TEXT, "e2")),
+        Part(".", (TEXT,)),
     ]
+    assert parts_of(text, LEAD) == [Part(LEAD), *parts_of(text)]
     assert "".join(part.text for part in parts_of(text)) == plain(text) == "The company makes chairs."
 
 
 @pytest.mark.parametrize("text", ["plain", "<e1>a</e1> only", "<e1>a</e1> <e2> </e2>", "<e1>a</e2>"])
 def test_texts_without_both_marks_stand_for_both(text: str) -> None:
     assert not is_marked(text)
-    assert parts_of(text) == [Part(text, ("e1", "e2"))]
+    assert parts_of(text) == [Part(text, (TEXT, "e1", "e2"))]
 
 
 def test_words_by_hand() -> None:

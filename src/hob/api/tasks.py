@@ -183,8 +183,9 @@ def _wanted(head: Head, body: RunRequest) -> FeaturesRequest:
     """What the head reads of the texts."""
     from hob.heads.parts import parts_of
 
+    lead = head.features.lead
     return FeaturesRequest(
-        input=[[PartBody(text=p.text, spans=list(p.spans)) for p in parts_of(text)] for text in body.texts],
+        input=[[PartBody(text=p.text, spans=list(p.spans)) for p in parts_of(text, lead)] for text in body.texts],
         pools=[PoolBody(how=how, span=span or None) for how, span in head.features.pools],  # type: ignore[arg-type]
         layers=head.features.layers,
         max_tokens=head.features.max_tokens,

@@ -34,21 +34,18 @@ class Features:
 
     layers: list[int]
     pools: list[tuple[str, str]]
-    """(how, span); an empty span is the whole text."""
+    """(how, span): of the text, or of one of the things it marks. An empty span is all that is read, lead included."""
     has_words: bool = False
     """Whether words of the text count too."""
     max_tokens: int = 1024
     """Longer texts lose their middle."""
+    lead: str = ""
+    """What is read before each text: see parts.py."""
 
     @property
     def num_blocks(self) -> int:
         """Pools times layers."""
         return len(self.layers) * len(self.pools)
-
-    @property
-    def is_marked(self) -> bool:
-        """Whether texts must mark two things in it."""
-        return any(span for _, span in self.pools)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ Progress = Callable[[int, int], None]
 def body_of(texts: list[str], features: Features) -> dict[str, Any]:
     """Body of /hob/v1/features."""
     return {
-        "input": [[{"text": part.text, "spans": part.spans} for part in parts_of(text)] for text in texts],
+        "input": [
+            [{"text": part.text, "spans": part.spans} for part in parts_of(text, features.lead)] for text in texts
+        ],
         "pools": [{"how": how, "span": span or None} for how, span in features.pools],
         "layers": features.layers,
         "max_tokens": features.max_tokens,
@@ -57,7 +59,7 @@ def _cached(client: Client, texts: list[str], features: Features, cache: Path | 
     if cache is None:
         return _ask(client, texts, features)
     model = client.stats()["model"]
-    key = repr((model["name"], model["quantisation"], features.layers, features.pools, features.max_tokens, texts))
+    key = repr((model["name"], model["quantisation"], features, texts))
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if path.exists():
         return np.asarray(np.load(path), np.float32)

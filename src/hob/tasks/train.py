@@ -1,6 +1,9 @@
 """A head from examples: choose what to read of the model by cross-validation, fit, calibrate, say how far to trust it.
 
-    states, words --Gram matrix of each fold--> regressions of all candidates --macro-F1--> the best --fit--> Head
+    states, words --Gram matrix of each fold--> regressions of all candidates --macro-F1--> the best few --fit--> Head
+
+The scores of the best few are averaged: they err in different places, and the choice among near equals is mostly luck.
+A mean of linear models is a linear model, so the head is one matrix over all that any of them reads.
 
 A linear model over F values of n texts lies in the span of those texts, so it is fitted in n dimensions (the Gram
 matrix's eigenvectors) and carried back: exact, and n is a thousand where F is 28,000. Standardisation is of all
@@ -12,7 +15,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,20 +27,24 @@ from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 
 from hob.heads.head import Features, Head, Trust, distances, softmax, standardised
+from hob.heads.parts import LEAD, MARKS, TEXT
 from hob.heads.words import Idf, fit_idf, weights_of
 from hob.tasks import metrics
 from hob.tasks.datasets import check_labels
 
 Doubles = NDArray[np.float64]
 States = NDArray[np.float32]
+_T = TypeVar("_T", bound=np.generic)
 
 DEPTHS = (4 / 15, 6 / 15, 8 / 15, 10 / 15)
 """Layers to read, as shares of the model's depth. Above two thirds a state is more and more the next token."""
-STRENGTHS = (3.0, 10.0, 30.0, 100.0)
+STRENGTHS = (3.0, 10.0, 30.0)
 """Inverse regularisation to choose from; texts have length 1 or 2."""
 NUM_FOLDS = 4
 MAX_EXAMPLES = 3000
 """Examples used at most; more are sampled by a fixed seed. The Gram matrix's eigenvectors cost their cube."""
+NUM_AVERAGED = 5
+"""Regressions, each a candidate at a strength, whose mean a head is."""
 FAR_SHARE = 0.99
 """Share of the training texts that count as like the training texts, each seen from the others."""
 MIN_RIGHT = 0.95
@@ -54,33 +62,46 @@ class Candidate:
 def gathered_features(num_layers: int, is_marked: bool, max_tokens: int = 1024) -> Features:
     """Everything that any candidate reads: one pass per text has it all."""
     layers = sorted({max(round(depth * num_layers), min(num_layers, 1)) for depth in DEPTHS})
-    pools = [("mean", ""), ("max", ""), ("last", "")]
+    pools = [("mean", TEXT), ("max", TEXT), ("last", TEXT)]
     if is_marked:
-        pools += [(how, span) for span in ("e1", "e2") for how in ("last", "mean")]
-    return Features(layers, pools, max_tokens=max_tokens)
+        pools += [(how, span) for span in MARKS for how in ("last", "mean")]
+    return Features(layers, pools, max_tokens=max_tokens, lead=LEAD)
 
 
 def candidates(gathered: Features, *, with_words: bool | None = None) -> list[Candidate]:
-    """What to choose from: three sets of blocks, each with words and without. with_words: only those."""
-    marked = [pool for pool in gathered.pools if pool[1]]
+    """What to choose from: four sets of blocks, each with words and without. with_words: only those."""
+    marked = [pool for pool in gathered.pools if pool[1] in MARKS]
     sets = {
         "all pools, all layers": (gathered.layers, gathered.pools),
         "marked things, all layers" if marked else "mean, all layers": (gathered.layers, marked or gathered.pools[:1]),
         "all pools, upper two layers": (gathered.layers[-2:], gathered.pools),
+        "no maximum, upper two layers": (gathered.layers[-2:], [pool for pool in gathered.pools if pool[0] != "max"]),
     }
     return [
-        Candidate(name + (" and words" if words else ""), Features(layers, pools, words, gathered.max_tokens))
+        Candidate(
+            name + (" and words" if words else ""), replace(gathered, layers=layers, pools=pools, has_words=words)
+        )
         for name, (layers, pools) in sets.items()
         for words in ((False, True) if with_words is None else (with_words,))
     ]
 
 
-def blocks_of(states: States, gathered: Features, wanted: Features) -> States:
+def blocks_of(states: NDArray[_T], gathered: Features, wanted: Features) -> NDArray[_T]:
     """(n, F of `gathered`) -> (n, F of `wanted`)."""
     pools = [gathered.pools.index(pool) for pool in wanted.pools]
     layers = [gathered.layers.index(layer) for layer in wanted.layers]
     blocks = states.reshape(len(states), len(gathered.pools), len(gathered.layers), -1)
     return blocks[:, pools][:, :, layers].reshape(len(states), -1)
+
+
+def _union(gathered: Features, some: list[Features]) -> Features:
+    """What is read by any of them."""
+    return replace(
+        gathered,
+        layers=[layer for layer in gathered.layers if any(layer in one.layers for one in some)],
+        pools=[pool for pool in gathered.pools if any(pool in one.pools for one in some)],
+        has_words=any(one.has_words for one in some),
+    )
 
 
 @dataclass
@@ -129,16 +150,22 @@ def _train(
     for candidate in candidates(gathered, with_words=with_words):
         tell(f"trying {candidate.name}")
         tried += _try(candidate, texts, code, blocks_of(states, gathered, candidate.features))
-    best = max(tried, key=lambda t: _f1(code, t.scores))
-    tell(f"fitting {best.candidate.name}")
-    features = best.candidate.features
+    best = sorted(tried, key=lambda t: -_f1(code, t.scores))[:NUM_AVERAGED]
+    features = _union(gathered, [t.candidate.features for t in best])
     values = blocks_of(states, gathered, features)
     mean, scale = _moments(values)
     idf = fit_idf(texts) if features.has_words else {}
-    x = standardised(values, mean, scale)
-    weights, bias = _fit(x, _word_matrix(texts, idf), code, len(names), best.strength)
-    temperature = _temperature(code, best.scores)
-    probabilities = softmax((best.scores / temperature).astype(np.float32))
+    x, words = standardised(values, mean, scale), _word_matrix(texts, idf)
+    weights, bias = np.zeros((len(names), x.shape[1] + len(idf)), np.float32), np.zeros(len(names), np.float32)
+    for candidate in {t.candidate.name: t.candidate for t in best}.values():
+        tell(f"fitting {candidate.name}")
+        strengths = [t.strength for t in best if t.candidate is candidate]
+        more = _fit(x, words, features, candidate.features, code, strengths)
+        weights += more[0] / np.float32(len(best))
+        bias += more[1] / np.float32(len(best))
+    scores = np.mean([t.scores for t in best], axis=0)
+    temperature = _temperature(code, scores)
+    probabilities = softmax((scores / temperature).astype(np.float32))
     is_right = probabilities.argmax(axis=1) == code
     confidence = probabilities.max(axis=1)
     coverage = coverage_of(confidence.tolist(), is_right.tolist())
@@ -231,7 +258,7 @@ def _try(candidate: Candidate, texts: list[str], code: NDArray[np.int_], values:
         if candidate.features.has_words:
             words = _word_matrix(texts, fit_idf([texts[i] for i in inside]))
             rows = rows + (words @ words[inside].T).toarray()
-        basis, _ = _basis(rows[inside])
+        basis = _basis(rows[inside])
         g = rows @ basis
         for t in tried:
             weights, bias = _regress(g[inside], code[inside], num_labels, t.strength)
@@ -246,11 +273,12 @@ def _folds(code: NDArray[np.int_]) -> list[tuple[NDArray[np.int_], NDArray[np.in
         return list(StratifiedKFold(num_folds, shuffle=True, random_state=0).split(code, code))
 
 
-def _basis(gram: Doubles) -> tuple[Doubles, Doubles]:
-    """B with gram @ B = the texts in n dimensions, and the eigenvalues kept."""
+def _basis(gram: Doubles) -> Doubles:
+    """B with gram @ B = the texts in n dimensions."""
     eigenvalues, vectors = np.linalg.eigh(gram)
     is_kept = eigenvalues > 1e-6 * eigenvalues[-1]
-    return vectors[:, is_kept] / np.sqrt(eigenvalues[is_kept]), eigenvalues[is_kept]
+    basis: Doubles = vectors[:, is_kept] / np.sqrt(eigenvalues[is_kept])
+    return basis
 
 
 def _regress(g: Doubles, code: NDArray[np.int_], num_labels: int, strength: float) -> tuple[Doubles, Doubles]:
@@ -267,24 +295,40 @@ def _regress(g: Doubles, code: NDArray[np.int_], num_labels: int, strength: floa
 
 
 def _fit(
-    x: States, words: sparse.csr_matrix, code: NDArray[np.int_], num_labels: int, strength: float
+    x: States, words: sparse.csr_matrix, given: Features, read: Features, code: NDArray[np.int_], strengths: list[float]
 ) -> tuple[States, States]:
-    """Weights (labels, F + words) and bias over all texts."""
-    basis, _ = _basis((x @ x.T).astype(np.float64) + (words @ words.T).toarray())
-    gram = (x @ x.T).astype(np.float64) + (words @ words.T).toarray()
-    weights, bias = _regress(gram @ basis, code, num_labels, strength)
-    dual = weights @ basis.T  # (labels, n): each label as a mixture of texts
-    whole = np.concatenate([dual @ x, words.T.dot(dual.T).T], axis=1)
-    return whole.astype(np.float32), bias.astype(np.float32)
+    """The sum of regressions that read some of what is given: weights (labels, F + words of `given`) and bias."""
+    columns = blocks_of(np.arange(x.shape[1])[None], given, read)[0]
+    scale = np.float32((x.shape[1] / len(columns)) ** 0.5)  # to about length 1, as when it was tried
+    own = x[:, columns] * scale
+    gram = (own @ own.T).astype(np.float64)
+    if read.has_words:
+        gram += (words @ words.T).toarray()
+    basis = _basis(gram)
+    fitted = [_regress(gram @ basis, code, int(code.max()) + 1, strength) for strength in strengths]
+    in_basis, bias = (np.sum(parts, axis=0) for parts in zip(*fitted, strict=True))
+    dual = (in_basis @ basis.T).astype(np.float32)  # (labels, n): each label as a mixture of texts
+    whole = np.zeros((len(dual), x.shape[1] + words.shape[1]), np.float32)
+    whole[:, columns] = dual @ own * scale
+    if read.has_words:
+        whole[:, x.shape[1] :] = words.T.dot(dual.T).T
+    return whole, bias.astype(np.float32)
 
 
 def _temperature(code: NDArray[np.int_], scores: Doubles) -> float:
-    """The divisor of scores that makes the texts' own labels most likely."""
+    """The divisor of scores that makes the texts' own labels most likely.
+
+    One text more than there are is taken to be wrong, as Platt does: where all are right, a head is not certain of all.
+    """
+    wrong = 1.0 / (len(code) + 2)
+    target = np.full(scores.shape, wrong / (scores.shape[1] - 1))
+    target[np.arange(len(code)), code] = 1.0 - wrong
 
     def loss(temperature: float) -> float:
         z = scores / temperature
-        top = z.max(axis=1)
-        return float(np.mean(np.log(np.exp(z - top[:, None]).sum(axis=1)) + top - z[np.arange(len(z)), code]))
+        top = z.max(axis=1, keepdims=True)
+        log_p = z - top - np.log(np.exp(z - top).sum(axis=1, keepdims=True))
+        return -float((target * log_p).sum())
 
     return float(min(np.geomspace(0.1, 10.0, 81), key=loss))
 
