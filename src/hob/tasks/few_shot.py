@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -174,6 +175,11 @@ def write(folder: Path, curves: list[Curve], counts: Iterable[int]) -> None:
     _plot(curves, folder / "few-shot.svg")
 
 
+def _labels(counts: list[int]) -> list[str]:
+    """Of the ticks; none where the next is so near that the two would overlap."""
+    return [str(a) if b / a > 1.7 else "" for a, b in pairwise([*counts, counts[-1] * 2])]
+
+
 def _plot(curves: list[Curve], path: Path) -> None:
     """One small chart for each data set: the curve with its spread, TF-IDF and majority as lines."""
     from matplotlib.figure import Figure
@@ -190,7 +196,7 @@ def _plot(curves: list[Curve], path: Path) -> None:
         )
         chart.axhline(curve.tfidf, color="black", linestyle="--", linewidth=1, label="TF-IDF, all rows")
         chart.axhline(curve.majority, color="gray", linestyle=":", linewidth=1, label="majority")
-        chart.set(title=curve.dataset, xscale="log", ylim=(0, 1), xticks=counts, xticklabels=list(map(str, counts)))
+        chart.set(title=curve.dataset, xscale="log", ylim=(0, 1), xticks=counts, xticklabels=_labels(counts))
         chart.minorticks_off()
     for chart in charts[len(curves) :]:
         chart.set_axis_off()

@@ -1,6 +1,9 @@
 """Results of zero-shot runs as Markdown and as one HTML page with plots. Results of several models in one folder meet.
 
 FOLDER/results-MODEL.json  --all of them-->  report.md, report.html
+
+Beside the tables stands what they say of two findings of Lepagnol et al. 2024 (arXiv:2404.11122): that neither the
+scoring function nor the model's size matters much.
 """
 
 from __future__ import annotations
@@ -13,10 +16,15 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
+from hob.tasks.effects import Effect, effect
 from hob.tasks.scorers import SCORERS
 from hob.tasks.zero_shot import Result
 
+Floats = NDArray[np.float64]
+MIN_SETS = 5
+"""Data sets below which nothing is said of significance: five that all agree have p = 0.06 for two levels."""
 HEADER = ("data set", "texts", "majority", "TF-IDF", *SCORERS)
 
 
@@ -58,7 +66,7 @@ def markdown(results: list[Result]) -> str:
             cells = [_interval(result, name) for name in SCORERS]
             lines.append(_markdown_row([*table_row(result)[:4], *cells]))
         lines += ["", *findings(mine)]
-    lines += ["", *_sizes(results)]
+    lines += ["", *across(results)]
     return "\n".join(lines) + "\n"
 
 
@@ -72,48 +80,81 @@ def _interval(result: Result, scorer: str) -> str:
 
 
 def findings(results: list[Result]) -> list[str]:
-    """Whether the scoring function matters, on these results of one model: its means, and its share of the variance."""
-    table = np.array([[result.f1[name].value for name in SCORERS] for result in results])
-    means = {name: float(column.mean()) for name, column in zip(SCORERS, table.T, strict=True)}
-    best = max(means, key=lambda name: means[name])
+    """Whether the scoring function matters, on these results of one model."""
+    table = _table(results)
     total = float(((table - table.mean()) ** 2).sum()) or 1.0
     by_scorer = len(table) * float(((table.mean(axis=0) - table.mean()) ** 2).sum()) / total
     by_set = table.shape[1] * float(((table.mean(axis=1) - table.mean()) ** 2).sum()) / total
     top = table.max(axis=1)
     above = sum(float(t) > result.majority for t, result in zip(top, results, strict=True))
     return [
-        "Means over data sets: " + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items()) + ".",
-        f"Of the variance, the data set explains {by_set:.0%}, the scoring {by_scorer:.0%}; on average the best is "
-        f"{best}. The best scoring of each set is above the majority label on {above} of {len(results)}.",
+        f"The best scoring of each set is above the majority label on {above} of {len(results)}. Of the variance, the "
+        f"data set explains {by_set:.0%}, the scoring {by_scorer:.0%}.",
+        _said("Scoring", effect(list(SCORERS), table)),
     ]
 
 
-def _sizes(results: list[Result]) -> list[str]:
-    """Where several models are there: on how many data sets each is the best."""
+def _table(results: list[Result]) -> Floats:
+    """(data sets, scorings)"""
+    return np.array([[result.f1[name].value for name in SCORERS] for result in results])
+
+
+def _said(what: str, found: Effect) -> str:
+    """A sentence or two."""
+    best, worst = next(iter(found.means)), list(found.means)[-1]
+    means = ", ".join(f"{level} {mean:.3f}" for level, mean in found.means.items())
+    text = (
+        f"{what}, means over {found.num_sets} data sets: {means}. {best} is {found.gap.value:.3f} above {worst} "
+        f"(95 % interval over data sets {found.gap.low:.3f} to {found.gap.high:.3f})."
+    )
+    if found.num_sets < MIN_SETS:
+        return f"{text} Too few data sets to tell whether that is chance."
+    verdict = "the order is more than chance" if found.p < 0.05 else "an order that chance makes too"
+    name = "Wilcoxon" if len(found.means) == 2 else "Friedman"
+    return f"{text} {name} p = {found.p:.2g}, agreement of the sets W = {found.agreement:.2f}: {verdict}."
+
+
+def across(results: list[Result]) -> list[str]:
+    """Where several models are there: whether the scoring matters over all of them, and whether the model does."""
     models = list(dict.fromkeys(result.model for result in results))
-    shared = set.intersection(*({r.dataset for r in results if r.model == model} for model in models))
+    shared = sorted(set.intersection(*({r.dataset for r in results if r.model == model} for model in models)))
     if len(models) < 2 or not shared:
         return []
-    wins = dict.fromkeys(models, 0)
-    for dataset in shared:
-        best = {r.model: max(m.value for m in r.f1.values()) for r in results if r.dataset == dataset}
-        wins[max(best, key=lambda model: best[model])] += 1
-    return ["Best on: " + ", ".join(f"{model} {count} of {len(shared)}" for model, count in wins.items()) + "."]
+    by_model = [
+        _table(sorted((r for r in results if r.model == model and r.dataset in shared), key=lambda r: r.dataset))
+        for model in models
+    ]  # of each (data sets, scorings)
+    cube = np.stack(by_model, axis=2)
+    best = next(iter(effect(list(SCORERS), cube.mean(axis=2)).means))
+    return [
+        _said("Scoring, mean of the models", effect(list(SCORERS), cube.mean(axis=2))),
+        _said("Model, mean of the scorings", effect(models, cube.mean(axis=1))),
+        _said(f"Model, by {best}", effect(models, cube[:, list(SCORERS).index(best)])),
+    ]
 
 
 def page(results: list[Result]) -> str:
     """One page that needs nothing beside it."""
     parts = ["<!doctype html><meta charset='utf-8'><title>Zero-shot classification</title>"]
     parts.append("<style>body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}")
-    parts.append("table{border-collapse:collapse}td,th{padding:.2em .6em;border-bottom:1px solid #ccc}</style>")
-    parts.append("<h1>Zero-shot classification</h1><p>Macro-F1 with 95 % intervals; the bar is the majority label.</p>")
+    parts.append("svg{max-width:100%;height:auto}table{border-collapse:collapse;font-size:.9em}")
+    parts.append(
+        "td{padding:.2em .6em;border-bottom:1px solid #ccc;text-align:right;font-variant-numeric:tabular-nums}"
+    )
+    parts.append("td:first-child{text-align:left}tr:first-child td{font-weight:bold;vertical-align:bottom}</style>")
+    parts.append(
+        "<h1>Zero-shot classification</h1><p>Macro-F1 with 95 % intervals. The grey bar is the most frequent label; "
+    )
+    parts.append("TF-IDF is a logistic regression trained on the rows that no model was asked for.</p>")
     for model in dict.fromkeys(result.model for result in results):
         mine = [result for result in results if result.model == model]
         parts.append(f"<h2>{html.escape(model)}</h2>{_plot(mine)}")
-        rows = [HEADER, *(table_row(result) for result in mine)]
+        rows = [[name.replace("_", " ") for name in HEADER], *(table_row(result) for result in mine)]
         cells = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
         parts.append("<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>")
         parts += [f"<p>{html.escape(line)}</p>" for line in findings(mine)]
+    said = across(results)
+    parts += ["<h2>All models</h2>"] * bool(said) + [f"<p>{html.escape(line)}</p>" for line in said]
     return "\n".join(parts) + "\n"
 
 
@@ -121,7 +162,7 @@ def _plot(results: list[Result]) -> str:
     """A figure as SVG: per data set the majority, TF-IDF and each scoring with its interval."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 0.6 * len(results) + 1.6), layout="constrained")
+    figure = Figure(figsize=(10, 0.5 * len(results) + 1.8), layout="constrained")
     axes = figure.subplots()
     rows = np.arange(len(results))
     axes.barh(rows, [r.majority for r in results], 0.8, color="#dddddd", label="majority")
@@ -131,12 +172,14 @@ def _plot(results: list[Result]) -> str:
         values = np.array([m.value for m in measured])
         errors = np.array([[m.value - m.low for m in measured], [m.high - m.value for m in measured]])
         at = rows - 0.3 + 0.12 * i
-        axes.errorbar(values, at, xerr=errors.clip(0), fmt="o", markersize=4, linewidth=1, label=name)
+        axes.errorbar(values, at, xerr=errors.clip(0), fmt="o", markersize=4, linewidth=1, label=name.replace("_", " "))
     axes.set_yticks(rows, [r.dataset for r in results])
     axes.set_xlim(0, 1)
     axes.set_xlabel("macro-F1")
-    axes.invert_yaxis()
-    axes.legend(loc="lower right", fontsize="small")
+    axes.set_ylim(len(results) - 0.4, -0.6)
+    axes.grid(axis="x", color="#eeeeee")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside upper center", ncols=4, fontsize="small", frameon=False)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
