@@ -100,7 +100,8 @@ class HobServer:
 class EchoServer:
     """Any OpenAI-compatible server whose completions echo the prompt's log-probabilities."""
 
-    def __init__(self, base_url: str, model: str, timeout_s: float = 300.0) -> None:
+    def __init__(self, base_url: str, model: str, timeout_s: float = 3600.0) -> None:
+        """timeout_s: long, for a server that takes one request after the other makes the last of many wait."""
         self.name = f"{base_url} {model}"
         self._model = model
         self._http = httpx.Client(base_url=base_url.rstrip("/") + "/", timeout=timeout_s, trust_env=False)
