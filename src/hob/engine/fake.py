@@ -5,7 +5,7 @@ it, computed from the slot before it *as found in the pool*. A wrong block, a st
 token that follows, so `interleaved == solo` is a sharp test without weights. The next token is the digest's value in
 the vocabulary; `script` overrides it.
 
-Time: a step takes `CostModel.step_s(rows, context)`, slept for real or added to a `FakeClock`.
+Time: a step takes `CostModel.step_s`, slept for real or added to a `FakeClock`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class FakeClock:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of a step: a fixed part, a part per row, a part per row and token of its context.
+    """Seconds of a step: a fixed part, a part per row, one per row and token of its context, one per key read in.
 
     The defaults are near SmolLM2-135M on two cores: 1 row 6 ms; 512 rows of a new prompt 0.26 s.
     """
@@ -54,10 +54,12 @@ class CostModel:
     step: float = 0.005
     row: float = 0.00045
     row_context: float = 0.0000001
+    key: float = 0.0
 
-    def step_s(self, index: NDArray[np.int32]) -> float:
-        """index: (R,) places of the rows in their sequences."""
-        return self.step + self.row * len(index) + self.row_context * float(index.sum())
+    def step_s(self, batch: Batch) -> float:
+        """Of a batch."""
+        context, num_keys = float(batch.index.sum()), float((batch.index[batch.row_start[1:] - 1] + 1).sum())
+        return self.step + self.row * batch.num_rows + self.row_context * context + self.key * num_keys
 
 
 def _mix(value: int, token: int) -> int:
@@ -137,7 +139,7 @@ class FakeEngine:
             for r in range(int(batch.row_start[s]), int(batch.row_start[s + 1])):
                 self._row(table, batch, r, int(batch.adapter[s]))
         self._stop.clear()
-        layer_s = self._cost.step_s(batch.index) / NUM_LAYERS if self._cost else 0.0
+        layer_s = self._cost.step_s(batch) / NUM_LAYERS if self._cost else 0.0
         elapsed_s = 0.0
         for _ in range(NUM_LAYERS if layer_s else 0):
             if self._stop.is_set():

@@ -79,6 +79,10 @@ class CostModel:
         _, b, c, d = self._coefficients
         return b * num_rows + c * num_rows * (start + num_rows / 2) + d * (start + num_rows)
 
+    def keys_s(self, num_keys: int) -> float:
+        """Estimated seconds to bring so many keys of a sequence in once."""
+        return self._coefficients[3] * num_keys
+
     def rows_within(self, seconds: float, start: int, max_rows: int) -> int:
         """Most further rows of one sequence, from index `start` on, that take no more than `seconds` beside a step.
 

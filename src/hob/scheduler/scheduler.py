@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 PACE_MARGIN = 0.9
 """Of a limit on the time per token, what a step may take: the rest is for what comes after it."""
+MAX_KEYS_SHARE = 0.25
+"""Of the time that a stream's step has left, how much reading the keys of a lesser prompt may take."""
 
 
 @dataclass(slots=True)
@@ -333,7 +335,7 @@ class Scheduler:
         is_full = False  # for lesser classes: the pace of interactive streams bounds them alone
         for sequence in self.order(candidates):
             is_urgent = sequence.request.service_class is ServiceClass.INTERACTIVE
-            if is_full and not is_urgent:
+            if (is_full and not is_urgent) or self._is_dear(plan, sequence):
                 continue
             if self._rows_left(plan, sequence) < 1:
                 if is_urgent:
@@ -363,6 +365,20 @@ class Scheduler:
         max_rows = self.config.max_step_tokens - plan.work.num_rows
         num_rows = self.cost.rows_within(budget_s - spent_s, sequence.num_computed_tokens, max_rows)
         return max(num_rows, 0 if plan.chunks else 1)
+
+    def _is_dear(self, plan: Plan, sequence: Sequence) -> bool:
+        """Whether more of its prompt had better wait for a long step.
+
+        Its keys are read anew for each part. A stream's step has time for few rows, so late in a prompt most of that
+        time would go into reading keys: the stream would be slowed for next to nothing. A lent step comes soon.
+        """
+        request = sequence.request
+        is_bound = request.service_class is ServiceClass.INTERACTIVE or request.ttft_deadline_s is not None
+        if is_bound or not plan.num_urgent or not self.config.lend_every or self._lends(plan):
+            return False
+        left_s = self._short_s(plan) - self.cost.step_s(plan.work)
+        is_dear = self.cost.keys_s(sequence.num_computed_tokens) > MAX_KEYS_SHARE * left_s
+        return is_dear and not self.order.is_starved(sequence)
 
     def _short_s(self, plan: Plan) -> float:
         """Most seconds of a step for the sake of its interactive rows."""
