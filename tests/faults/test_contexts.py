@@ -1,18 +1,21 @@
-"""Contexts through every kind of end: kill -9 of either process, damaged files, a device key that changed."""
+"""Contexts through every kind of end: kill -9 of either process, damage, a full disk, a device key that changed."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hob.client import Client
 from hob.errors import HobError, NotFound, StorageError
-from tests.daemons import Daemon, durable, running, until
+from tests.daemons import Daemon, durable, running, short_folder, until
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 20}
 TEXTS = [f"turn {i} " + "x" * 150 for i in range(4)]
@@ -150,6 +153,58 @@ def test_damaged_files_raise_the_alarm_and_change_no_reply(expected: list[str]) 
 def _alarms(client: Client) -> int:
     client.complete("x", max_tokens=1)
     return int(stats_of(client)["num_alarms"])
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A file system of 2 MB at `folder`; skips where none can be mounted."""
+    folder.mkdir(mode=0o700)
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Take what the disk has left."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def until_full(client: Client, context_id: str) -> dict[str, Any]:
+    """Take turns until one fails; the context as it was before it. The database has some room of its own."""
+    for _ in range(200):
+        before = client.context(context_id)
+        try:
+            client.turn(context_id, TEXTS[1], **GREEDY)
+        except StorageError:
+            return before
+    raise AssertionError("the disk never was full")
+
+
+def test_a_full_disk_is_said_and_the_last_finished_turn_stays(expected: list[str]) -> None:
+    with short_folder() as home, small_disk(home / "contexts"):
+        filler = home / "contexts" / "filler"
+        with Daemon(home).wait_ready() as daemon:
+            with daemon.client() as client:
+                context_id = client.create_context()["id"]
+                assert reply_of(client.turn(context_id, TEXTS[0], **GREEDY)) == expected[0]
+                fill(filler)
+                before = until_full(client, context_id)
+                assert durable(client.context(context_id)) == durable(before)
+                assert client.chat("Hello", **GREEDY)["usage"]["completion_tokens"] == 20, "the service goes on"
+            daemon.process.kill()
+            daemon.wait_end()
+            filler.unlink()
+            with daemon.restart().client() as client:
+                assert durable(client.context(context_id)) == durable(before)
+                turn = client.turn(context_id, TEXTS[1], **GREEDY)
+                assert turn["context"]["num_turns"] == before["num_turns"] + 1
+                assert stats_of(client)["num_alarms"] == 0
 
 
 def test_deleting_frees_the_bytes_on_disk() -> None:

@@ -9,13 +9,14 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from hob.client import Client
-from hob.errors import Conflict, EngineUnavailable, NotFound, PermissionDenied
+from hob.errors import Conflict, EngineUnavailable, HobError, NotFound, PermissionDenied
 from hob.models.pack import ensure_packed
-from tests.daemons import Daemon, hob, short_folder, until
+from tests.daemons import Daemon, durable, hob, short_folder, until
 from tests.tiny import TinyShape, write_tiny_gguf
 
 pytestmark = pytest.mark.slow
@@ -63,6 +64,31 @@ def test_an_engine_killed_while_it_loads_a_model_is_replaced(daemon: Daemon, del
         until(lambda: names(client) == ["alpha", "beta"], "both in the ledger")
         memory = client.memory()
         assert memory["reserved_bytes"] == sum(model["num_bytes"] for model in memory["models"])
+
+
+@pytest.mark.parametrize("delay_s", [0.01, 0.1])
+def test_a_daemon_killed_while_it_loads_a_model_can_be_restarted(daemon: Daemon, delay_s: float) -> None:
+    with daemon.client() as client:
+        with contextlib.suppress(NotFound):
+            client.unload("beta")
+        until(lambda: "beta" not in names(client), "the model to go")
+        context_id = client.create_context()["id"]
+        client.turn(context_id, prompt="Hello", max_tokens=4, temperature=0)
+        before = durable(client.context(context_id))
+    engine = daemon.engine_pid
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, daemon, "beta")
+        time.sleep(delay_s)
+        daemon.process.kill()
+        daemon.wait_end()
+        with contextlib.suppress(HobError):  # the connection broke, unless it was so quick
+            asked.result(30)
+    until(lambda: not Path(f"/proc/{engine}").exists(), "the engine process to follow")
+    daemon.restart()
+    assert len({ask(daemon, "beta") for _ in range(2)}) == 1
+    with daemon.client() as client:
+        assert durable(client.context(context_id)) == before
+        client.delete_context(context_id)
 
 
 def test_a_lease_holds_a_model_until_it_ends(daemon: Daemon) -> None:
