@@ -30,7 +30,9 @@ namespace {
 template <class T>
 T field(const nb::dict& network, const char* name) {
   if (!network.contains(name)) refuse("network: '", name, "' is missing");
-  return nb::cast<T>(network[name]);
+  T value;
+  if (!nb::try_cast<T>(network[name], value)) refuse("network: '", name, "' is of another type, or a number out of range");
+  return value;
 }
 
 // Switches of architectures that the forward pass does not have yet must be at their neutral value.

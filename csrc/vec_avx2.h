@@ -89,8 +89,10 @@ inline V v_zero_below(V v, V x, V limit) {
 }
 // 32 floats in -127..127, rounded to nearest even, as bytes; returns their sum.
 inline int32_t v_store_i8(int8_t* p, V x, V y) {
-  const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
-  const __m256i c = _mm256_cvtps_epi32(y.a), d = _mm256_cvtps_epi32(y.b);
+  // Beside what is no number anything may come, -2^31 for that itself, and sums of such overflow.
+  const __m256i least = _mm256_set1_epi32(-127), most = _mm256_set1_epi32(127);
+  const auto code = [&](__m256 v) { return _mm256_min_epi32(_mm256_max_epi32(_mm256_cvtps_epi32(v), least), most); };
+  const __m256i a = code(x.a), b = code(x.b), c = code(y.a), d = code(y.b);
   const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));

@@ -54,7 +54,10 @@ inline V v_zero_below(V v, V x, V limit) {
 }
 // 32 floats in -127..127, rounded to nearest even, as bytes; returns their sum.
 inline int32_t v_store_i8(int8_t* p, V a, V b) {
-  const __m512i n = _mm512_cvtps_epi32(a), m = _mm512_cvtps_epi32(b);
+  // Beside what is no number anything may come, -2^31 for that itself, and sums of such overflow.
+  const __m512i least = _mm512_set1_epi32(-127), most = _mm512_set1_epi32(127);
+  const __m512i n = _mm512_min_epi32(_mm512_max_epi32(_mm512_cvtps_epi32(a), least), most);
+  const __m512i m = _mm512_min_epi32(_mm512_max_epi32(_mm512_cvtps_epi32(b), least), most);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(n));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16), _mm512_cvtepi32_epi8(m));
   return _mm512_reduce_add_epi32(_mm512_add_epi32(n, m));

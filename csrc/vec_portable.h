@@ -64,7 +64,10 @@ inline V v_round(V x) { return (x + 12582912.0f) - 12582912.0f; }
 inline V v_zero_below(V v, V x, V limit) { return x < limit ? V{} : v; }
 // 32 floats in -127..127, rounded to nearest even, as bytes; returns their sum.
 inline int32_t v_store_i8(int8_t* p, V a, V b) {
-  const VI n = __builtin_convertvector(v_round(a), VI), m = __builtin_convertvector(v_round(b), VI);
+  VI n = __builtin_convertvector(v_round(a), VI), m = __builtin_convertvector(v_round(b), VI);
+  // Beside what is no number anything may come, and sums of such overflow.
+  n = n < -127 ? VI{} - 127 : n > 127 ? VI{} + 127 : n;
+  m = m < -127 ? VI{} - 127 : m > 127 ? VI{} + 127 : m;
   int32_t sum = 0;
   for (int i = 0; i < 16; ++i) {
     p[i] = static_cast<int8_t>(n[i]);

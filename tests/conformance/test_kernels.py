@@ -104,6 +104,18 @@ def test_linear_gives_a_row_the_same_bits_beside_any_others(isa: str, kind: layo
             assert np.array_equal(part, together[first : first + count])
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_values_that_are_not_finite_disturb_no_other_row(isa: str, value: float) -> None:
+    """And overflow nothing on the way, which the sanitizer's run sees: model files can hold weights that make them."""
+    codes = random_codes(layout.Kind.Q8S, 40, 96, seed=1)
+    x = normal(1, 5, 96)
+    expected = _core.kernel_linear(isa, layout.Kind.Q8S, layout.encode(codes), 40, 96, x)
+    x[2, 32:64:3] = value
+    x[2, 63] = 1e30
+    got = _core.kernel_linear(isa, layout.Kind.Q8S, layout.encode(codes), 40, 96, x)
+    assert np.array_equal(np.delete(got, 2, axis=0), np.delete(expected, 2, axis=0))
+
+
 @pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no AMX")
 @pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("k", [32, 192, 224, 576])

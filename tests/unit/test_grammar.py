@@ -109,12 +109,32 @@ def test_digits_of_a_regex_are_ascii(grammars: Grammars) -> None:
         'start: %json {"$ref": "https://example.com/schema.json"}',
         'start: %json {"$ref": "#"}',
         "start: /[a&&b]/",
+        'start: %json {"const": -9223372036854775808}',
+        'start: %json {"enum": ["a", -9223372036854775807]}',
+        'start: %json {"type": "integer", "minimum": -9223372036854775807,"maximum":-9223372036854775800}',
     ],
 )
 def test_what_cannot_be_enforced_is_refused(grammars: Grammars, lark: str) -> None:
     with pytest.raises(InvalidRequest, match="field 'grammar' cannot be enforced") as caught:
         matcher(grammars, Grammar(lark, "grammar"))
     assert caught.value.param == "grammar"
+
+
+def test_large_integers_may_be_asked_for(grammars: Grammars) -> None:
+    assert feed(matcher(grammars, Grammar('start: %json {"const": -99999999999999}', "s")), "-99999999999999")
+    digits = '"-9223372036854775808"'
+    assert feed(matcher(grammars, Grammar(f'start: %json {{"const": {digits}}}', "s")), digits)
+
+
+def test_an_integer_near_the_least_ends_a_process_on_any_stack() -> None:
+    """The control of those above: what llguidance does with it."""
+    script = (
+        "import llguidance as g\n"
+        "m = g.LLMatcher(g.LLTokenizer('byte'), 'start: %json {\"const\": -9223372036854775808}', log_level=0)\n"
+        "print('survived', m.is_error())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode < 0, f"{done.stdout}: llguidance no longer needs `_ENDLESS` in engine/grammar.py"
 
 
 def test_options_that_would_loosen_it_do_not(grammars: Grammars) -> None:

@@ -171,7 +171,7 @@ def _peft_scale(path: Path) -> _Scale:
     try:
         config = json.loads(path.read_text())
         alpha = float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ModelFileError(
             f"{path}: cannot be used: {error!r:.200}. Expected PEFT's JSON with 'lora_alpha'."
         ) from error
@@ -251,15 +251,17 @@ def _pairs(
             raise ModelFileError(
                 f"{path}: {target} of layer {layer} has only one of A and B. The adapter is incomplete."
             )
-        if shape is None or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
+        if shape is None or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1] or not a.shape[0]:
             raise ModelFileError(
                 f"{path}: {target} of layer {layer} has A {a.shape} and B {b.shape}; the model's matrix is {shape}. "
                 "The adapter was made for another base."
             )
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for in the next line
+            b = b * np.float32(scale.of(a.shape[0]))
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise ModelFileError(f"{path}: {target} of layer {layer} holds values that are not finite.")
         heads = {"attn_q": network.num_heads, "attn_k": network.num_kv_heads}.get(target)
         if heads is not None and not is_canonical:
             b = b[canonical_order(network, heads)]
-        pairs.append(AdapterPair(layer, target, np.ascontiguousarray(a), b * np.float32(scale.of(a.shape[0]))))
+        pairs.append(AdapterPair(layer, target, np.ascontiguousarray(a), b))
     return pairs

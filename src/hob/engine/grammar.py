@@ -45,6 +45,9 @@ LIMITS: dict[str, Any] = {
 MAX_SHOWN_CHARS = 200
 _SHOWN_SOURCE = re.compile(r"\s*\d+ \||\s*\^|<non-verbose/>")
 """Lines in which llguidance shows the grammar; ours differs from what the caller wrote."""
+_ENDLESS = re.compile(r'(?<![\w"])-\d{19,}')
+"""Integers of schemas for which llguidance's expression for a range of numbers (1.7) calls itself without end, on any
+stack: those near -2^63."""
 _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 
 
@@ -107,6 +110,11 @@ class Grammars:
 
         if len(grammar.lark.encode()) > MAX_GRAMMAR_BYTES:
             raise InvalidRequest(f"a grammar has more than {MAX_GRAMMAR_BYTES:,} bytes", param=grammar.param)
+        if "%json" in grammar.lark and (found := _ENDLESS.search(grammar.lark)):
+            raise InvalidRequest(
+                f"field '{grammar.param}' cannot be enforced: it holds {found[0]:.40}. Expected integers above -10^18.",
+                param=grammar.param,
+            )
         if self._tokenizer is None:
             self._tokenizer = self._build()
         limits = llguidance.LLParserLimits(**LIMITS)

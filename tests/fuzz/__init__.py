@@ -1,0 +1,1 @@
+"""Hostile files and texts by the million: see `__main__.py`."""
