@@ -67,6 +67,11 @@ GETS: dict[str, Callable[[Call], Awaitable[Response]]] = {
 
 def create_app(services: Services) -> ASGIApp:
     """The ASGI application. Serve it with uvicorn and `http=protocol.HobProtocol`."""
+    return Edge(Application(create_router(services), services), services)
+
+
+def create_router(services: Services) -> Router:
+    """All routes."""
     router = Router(redirect_slashes=False)
 
     def call_of(request: Request) -> Call:
@@ -85,7 +90,7 @@ def create_app(services: Services) -> ASGIApp:
     router.add_route(page.ENTER + "{secret}", page.enter, methods=["GET"])
     for part in (contexts, apps, public_prompts, tasks, memory):
         part.register(router, call_of)
-    return Edge(Application(router, services), services)
+    return router
 
 
 class Application:

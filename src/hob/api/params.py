@@ -22,6 +22,15 @@ MAX_SAMPLES = 128
 MAX_TOPS = 20
 MAX_LIMIT_MS = 3_600_000.0
 _INT64 = 1 << 63
+RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 10.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
+"""Of the fields that say how to sample, both ends allowed."""
 
 
 def check_neutral(body: msgspec.Struct, prefix: str = "", allowed: Mapping[str, tuple[Any, ...]] = NEUTRAL) -> None:
@@ -42,13 +51,13 @@ def check_neutral(body: msgspec.Struct, prefix: str = "", allowed: Mapping[str, 
 def sampling_params(body: Sampling, *, vocab_size: int, stop_token_ids: list[int]) -> SamplingParams:
     """All but `max_tokens` and `logprobs`. A missing field has OpenAI's default; a missing seed is drawn."""
     return SamplingParams(
-        temperature=_number(body, "temperature", 1.0, 0.0, 2.0),
+        temperature=_number(body, "temperature", 1.0),
         top_k=_integer(body, "top_k", 0, 0, vocab_size),
-        top_p=_number(body, "top_p", 1.0, 0.0, 1.0),
-        min_p=_number(body, "min_p", 0.0, 0.0, 1.0),
-        repetition_penalty=_number(body, "repetition_penalty", 1.0, 0.01, 10.0),
-        presence_penalty=_number(body, "presence_penalty", 0.0, -2.0, 2.0),
-        frequency_penalty=_number(body, "frequency_penalty", 0.0, -2.0, 2.0),
+        top_p=_number(body, "top_p", 1.0),
+        min_p=_number(body, "min_p", 0.0),
+        repetition_penalty=_number(body, "repetition_penalty", 1.0),
+        presence_penalty=_number(body, "presence_penalty", 0.0),
+        frequency_penalty=_number(body, "frequency_penalty", 0.0),
         logit_bias=_logit_bias(body.logit_bias, vocab_size),
         seed=_seed(body.seed),
         stop_token_ids=stop_token_ids,
@@ -172,10 +181,11 @@ def limit_s(body: Sampling, name: str) -> float | None:
     return None if value is None else value / 1e3
 
 
-def _number(body: msgspec.Struct, name: str, default: float, low: float, high: float) -> float:
+def _number(body: msgspec.Struct, name: str, default: float) -> float:
     value: float | None = getattr(body, name)
     if value is None:
         return default
+    low, high = RANGES[name]
     if not low <= value <= high:
         raise InvalidRequest(f"field '{name}' is {value:g}. Expected {low:g} to {high:g}.", param=name)
     return value
