@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.tiny_vocab import SPECIAL, tiny_metadata
 
 from hob.errors import InvalidRequest, ModelFileError
+from hob.models import chat_template
 from hob.models.chat import ChatEncoder, read_template, render_chat
 from hob.models.chat_template import CHATML
 from hob.models.escape import Escaper
@@ -21,6 +22,8 @@ TOKENIZER = Tokenizer(tiny_metadata())
 CHAT = ChatEncoder(CHATML, TOKENIZER)
 IM_START, IM_END = 1, 2
 HELLO = [{"role": "user", "content": "hello"}]
+NESTED = "{% set n = namespace(x=[0]) %}{% for i in range(30) %}{% set n.x = [n.x, n.x, n.x] %}{% endfor %}"
+"""3^30 items, in few bytes."""
 
 
 def test_chatml() -> None:
@@ -95,12 +98,54 @@ def test_malformed_messages_are_refused(messages: list[dict[str, Any]], words: s
         "{% set n = namespace(x='ab') %}{% for i in range(64) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
         "{% set n = namespace(x='ab') %}{% for i in range(64) %}{% set n.x = n.x + n.x %}{% endfor %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% set x = 'a' * 10**6 %}" + "{% set x = x ~ x %}" * 12,
+        "{% set x = 'a' * 10**7 %}{{ ([x] * 200) | join | length }}",
+        "{% set x = 'a' * 10**7 %}{{ ''.join([x] * 200) | length }}",
+        "{% set x = 'a' * 40000 %}{{ x | replace('a', x) | length }}",
+        "{% set x = 'a' * 40000 %}{{ x.replace('a', x) | length }}",
+        "{% set x = 'a' * 10**6 %}{{ ('%s' * 1000 % ([x] * 1000)) | length }}",
+        "{% set x = 'a' * 10**6 %}{% set y %}{% for i in range(1000) %}{{ x }}{% endfor %}{% endset %}",
+        "{% set n = namespace(l=[], x='a' * 16000000) %}{% for i in range(99) %}"
+        "{% set n.l = n.l + [n.x ~ i] %}{% endfor %}",
+        NESTED + "{{ n.x }}",
+        NESTED + "{{ n.x | tojson }}",
+        NESTED + "{{ n ~ '' }}",
+        "{{ [1] | slice(10**9) | list | length }}",
+        "{{ [1] | batch(10**9, 'a') | list | length }}",
+        "{% set x = [0] * 10**5 %}{{ ([x] * 10**5) | sum(start=[]) | length }}",
+        "{{ 1 | round(10**9, 'floor') }}",
+        "{% set n = namespace(x=10**9999) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "{{ 'a'.encode().center(10**11) }}",
+        "{{ (1).to_bytes(10**11, 'big') }}",
+        "{% set x = [0] * 10**6 %}{% for a in x %}{% for b in x %}{% endfor %}{% endfor %}",
+        "{% set x = [0] * 10**6 %}{% set y %}{% for a in x %}{% for b in x %}{% endfor %}{% endfor %}{% endset %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+        "{% break %}",
     ],
 )
-@pytest.mark.timeout(20)
-def test_runaway_templates_are_stopped(template: str) -> None:
+@pytest.mark.timeout(60)
+def test_runaway_templates_are_stopped(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDER_S", 0.5)
     with pytest.raises(InvalidRequest, match="chat template"):
         render_chat(template, HELLO)
+
+
+def test_what_templates_do_with_values_is_as_it_was() -> None:
+    """The hooks that measure change no output."""
+    template = (
+        "{% for m in [1, 2] %}{{ loop.index ~ '/' ~ loop.length ~ loop.last }} {{ [m, 2] | join('-') }} "
+        "{% endfor %}"
+        "{% for m in nothing %}{{ m }}{% else %}none {% endfor %}{{ none ~ nothing ~ 1 }} "
+        "{{ [3, 1] | sort | join }} {{ 'abc'.replace('b', 'x') }} {{ 'aa' | replace('a', 'b', 1) }} "
+        "{{ ','.join(['a', 'b']) }} {{ [1, 2] | sum }} {{ {'b': 1, 'a': 2} | dictsort }} "
+        "{{ 3.14159 | round(2) }} {{ 'x: %s' % 'y' }} "
+        "{{ [1] | map('string') | list }} {{ [{'a': 7}] | join('-', attribute='a') }} "
+        "{{ [{'a': 7}] | map(attribute='a') | list }} "
+        "{{ 300 * [0] | length }}"
+        "{% for m in [0] * 300 %}{% if loop.last %}{{ loop.length }}{% endif %}{% endfor %}"
+    )
+    expected = "1/2False 1-2 2/2True 2-2 none None1 13 axc ba a,b 3 [('a', 2), ('b', 1)] 3.14 x: y ['1'] 7 [7] 300300"
+    assert render_chat(template, HELLO) == expected
 
 
 @pytest.mark.parametrize(
