@@ -146,13 +146,10 @@ def test_stats_and_health(http: httpx.Client, backend: ScriptedBackend) -> None:
     assert reply.json()["error"]["code"] == "engine_unavailable"
 
 
-def test_openapi_names_every_route(http: httpx.Client) -> None:
+def test_the_document_is_served(http: httpx.Client) -> None:
+    """That it names every route is tests/unit/test_openapi.py's."""
     document = http.get("/openapi.json").json()
-    for path, methods in document["paths"].items():
-        for method in methods:
-            reply = http.request(method, path.replace("{name}", "scripted"))
-            assert reply.status_code != 405, path
-            assert "there is nothing at" not in reply.text, path
+    assert "/v1/chat/completions" in document["paths"]
     assert document["components"]["schemas"]["ChatRequest"]["additionalProperties"] is False
 
 

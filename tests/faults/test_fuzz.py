@@ -1,7 +1,9 @@
 """The whole API under made-up requests (schemathesis, from the OpenAPI document), on a daemon with the fake engine.
 
 Valid bodies, and bodies that break the document somewhere. Whatever comes, the answer is no 5xx, and the daemon lives.
-HOB_FUZZ_CASES sets how many a run makes for each; the run recorded in docs/results.md made 8,509 requests.
+Of the valid ones two of three are cut down to fields that contradict nothing, or nearly all would end at a check and
+not reach the engine; `test_most_kinds_of_request_are_answered` sees to that. HOB_FUZZ_CASES sets how many a run makes
+for each; docs/results.md has a long one.
 """
 
 from __future__ import annotations
@@ -23,28 +25,72 @@ with warnings.catch_warnings():
     import schemathesis
     from schemathesis import GenerationMode
 
-NUM_CASES = int(os.environ.get("HOB_FUZZ_CASES", "5"))
+NUM_CASES = int(os.environ.get("HOB_FUZZ_CASES", "3"))
 SCHEMA = schemathesis.openapi.from_dict(document())
 OPERATIONS = {
     f"{operation.method.upper()} {operation.path}": operation
     for operation in (result.ok() for result in SCHEMA.get_all_operations())
-    if operation.path != "/api/pull"  # the owner's, and it would ask other machines
+    # The owner's, and it would ask other machines; and a stream that never ends.
+    if operation.path not in ("/api/pull", "/hob/v1/events")
 }
 PLAIN = {"model", "messages", "prompt", "input", "text", "texts", "labels", "tokens", "stream", "name", "kind"}
+PLAIN |= {"budget", "continuations", "examples", "rank", "max_tokens"}
+SAMPLING = {"temperature", "top_p", "top_k", "min_p", "seed", "n", "stop", "presence_penalty", "frequency_penalty"}
+SAMPLING |= {"repetition_penalty", "max_completion_tokens", "service_class", "logit_bias", "allow_cut"}
 RUNS = [(name, GenerationMode.POSITIVE) for name in OPERATIONS] + [
     (name, GenerationMode.NEGATIVE) for name, operation in OPERATIONS.items() if operation.body
 ]
+ANSWERED: Counter[str] = Counter()
+"""Operation -> answers of 2xx to valid bodies."""
+STATUSES: Counter[int] = Counter()
+
+
+def fit(body: dict[str, Any], turn: int) -> dict[str, Any]:
+    """A valid body that is likely to be answered: of a model that is there, short, in two of three turns plain."""
+    body = {**body, "model": "default"}
+    if turn % 3:
+        body = {name: value for name, value in body.items() if name in PLAIN or (turn % 3 == 1 and name in SAMPLING)}
+        if body.get("messages"):
+            body["messages"] = [{"role": "user", "content": str(m)[:99]} for m in body["messages"][:3]]
+        if "texts" in body or "input" in body or "continuations" in body:
+            body |= {name: ["a river", "a hill"] for name in ("texts", "input", "continuations") if name in body}
+        if "labels" in body:
+            body |= {"labels": ["yes", "no"], "text": "It rains."}
+            body = {name: value for name, value in body.items() if name in ("model", "labels", "text")}
+        if "examples" in body:
+            body["examples"] = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(8)]
+        if "name" in body:
+            body["name"] = f"app{turn}"
+        if isinstance(body.get("prompt"), list):
+            body["prompt"] = [str(part)[:99] for part in body["prompt"][:3]]
+        body.pop("logit_bias", None)
+        if "budget" in body:
+            body["budget"] = "4GB"
+    for name in ("max_tokens", "max_completion_tokens", "top_k", "n"):
+        if isinstance(body.get(name), int):
+            body[name] = min(body[name], 4)
+    if body.keys() >= {"max_tokens", "max_completion_tokens"}:
+        del body["max_tokens"]
+    return body
 
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Daemon]:
     with running(kv_tokens=1024, max_contexts=8) as daemon:
         yield daemon
+    print(f"\n{STATUSES.total()} requests: {dict(sorted(STATUSES.items()))}")
+
+
+@pytest.fixture(scope="module")
+def context(daemon: Daemon) -> str:
+    with daemon.client() as client:
+        made: str = client.create_context("there")["id"]
+        return made
 
 
 @pytest.mark.parametrize(("name", "mode"), RUNS)
 @pytest.mark.filterwarnings("ignore")
-def test_no_request_makes_the_service_fail(name: str, mode: GenerationMode, daemon: Daemon) -> None:
+def test_no_request_makes_the_service_fail(name: str, mode: GenerationMode, daemon: Daemon, context: str) -> None:
     operation = OPERATIONS[name]
     statuses: list[int] = []
     base_url = f"http://127.0.0.1:{daemon.state.port}"
@@ -60,17 +106,27 @@ def test_no_request_makes_the_service_fail(name: str, mode: GenerationMode, daem
     @given(case=operation.as_strategy(generation_mode=mode))
     def ask(case: Any) -> None:
         if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
-            case.body["model"] = "default"  # else nearly all of them would end at a model that is not there,
-            if len(statuses) % 2:  # or at one of many options
-                case.body = {name: value for name, value in case.body.items() if name in PLAIN}
-                if case.body.get("messages"):
-                    case.body["messages"] = [{"role": "user", "content": str(m)} for m in case.body["messages"][:3]]
+            case.body = fit(case.body, len(statuses))
+        if "context_id" in (case.path_parameters or {}) and not name.startswith("DELETE") and len(statuses) % 2:
+            case.path_parameters["context_id"] = context
         response = case.call(base_url=base_url, timeout=60)
         statuses.append(response.status_code)
         assert response.status_code < 500, (case.as_curl_command(), response.status_code, response.content[:500])
 
     ask()
     print(f"{name} {mode.value}: {len(statuses)} requests, {dict(Counter(statuses))}")
+    STATUSES.update(statuses)
+    if mode is GenerationMode.POSITIVE:
+        ANSWERED[name] = sum(status < 300 for status in statuses)
     with daemon.client() as client:
         assert client.health()["status"] == "ok"
     assert "bug " not in daemon.log, daemon.log[-3000:]
+
+
+def test_most_kinds_of_request_are_answered() -> None:
+    """After those above: what is nearly always refused says little about what lies behind the checks."""
+    if len(ANSWERED) < len(OPERATIONS):
+        pytest.skip("only some of the tests above ran")
+    # Of other paths than these the random names and keys are not there: 404.
+    fixed = {name: count for name, count in ANSWERED.items() if "{" not in name}
+    assert sum(count > 0 for count in fixed.values()) >= 0.8 * len(fixed), fixed

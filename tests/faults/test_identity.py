@@ -16,7 +16,7 @@ import pytest
 from hob.client import Client
 from hob.errors import PermissionDenied
 from hob.service.identity import Caller, identify_unix
-from tests.daemons import Daemon, hob, running, until
+from tests.daemons import Daemon, hob, running, short_folder, until
 
 FOREIGN_UID = 54321
 CHAT = {"model": "default", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
@@ -263,3 +263,55 @@ def test_labels_are_the_only_thing_a_name_changes() -> None:
     assert not Caller(os.getuid() + 1, 1, "hob").is_owner
     assert not Caller(None, None, "unknown").is_owner
     assert owner.through_socket("a").app("python3") == "socket:a/python3"
+
+
+LISTEN = """
+import socket, sys
+from hob.service.identity import identify_unix
+with socket.socket(socket.AF_UNIX) as s:
+    s.bind(sys.argv[1]); s.listen(); print("listening", flush=True)
+    peer, _ = s.accept()
+    peer.recv(1)
+    print(identify_unix(peer))
+"""
+
+
+def seen_from(path: Path, *namespace: str, foreign: bool = False) -> str:
+    """How a listener that runs in other namespaces sees a peer that does not."""
+    listener = subprocess.Popen(
+        [*namespace, sys.executable, "-c", LISTEN, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with listener:
+        assert listener.stdout is not None
+        assert listener.stderr is not None
+        if listener.stdout.readline() != "listening\n":
+            listener.wait(10)
+            pytest.skip(f"no user namespace can be made here: {listener.stderr.read().strip()[-200:]}")
+        path.chmod(0o777)
+        if foreign:
+            connect = "with socket.socket(socket.AF_UNIX) as s: s.connect(sys.argv[1]); s.sendall(b'x'); time.sleep(1)"
+            as_foreign_user(connect, path)
+        else:
+            with socket.socket(socket.AF_UNIX) as peer:
+                peer.connect(str(path))
+                peer.sendall(b"x")
+                return listener.stdout.readline().strip()
+        return listener.stdout.readline().strip()
+
+
+def test_a_peer_of_another_pid_namespace_is_unknown() -> None:
+    with short_folder() as folder:
+        control = seen_from(folder / "same")
+        other = seen_from(folder / "other", "unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
+    assert f"uid={os.getuid()}, pid={os.getpid()}" in control
+    assert other == str(Caller(None, None, "unknown"))
+
+
+@needs_root
+def test_a_peer_without_a_name_in_our_user_namespace_is_unknown() -> None:
+    with short_folder() as folder:
+        folder.chmod(0o755)
+        control = seen_from(folder / "same", foreign=True)
+        other = seen_from(folder / "other", "unshare", "--user", "--map-root-user", foreign=True)
+    assert f"uid={FOREIGN_UID}" in control
+    assert other == str(Caller(None, None, "unknown"))
