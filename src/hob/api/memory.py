@@ -16,7 +16,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Router
 
-from hob.api.body import parse_body
+from hob.api.body import parse_body, show
 from hob.api.call import Call
 from hob.api.overview import check_owner
 from hob.api.replies import json_reply
@@ -24,6 +24,9 @@ from hob.api.schema import Body
 from hob.config import parse_bytes
 from hob.errors import ConfigError, InvalidRequest
 from hob.messages import Lease
+
+MAX_BUDGET = 1 << 62
+"""What a message to the engine process can hold, and more than any machine has."""
 
 
 class BudgetRequest(Body, kw_only=True):
@@ -86,6 +89,10 @@ async def set_budget(call: Call, raw: bytes) -> Response:
         budget = body.budget if isinstance(body.budget, int) else parse_bytes("budget", body.budget)
     except ConfigError as error:
         raise InvalidRequest(error.message, param="budget") from None
+    except OverflowError:
+        budget = MAX_BUDGET + 1
+    if not 0 <= budget <= MAX_BUDGET:
+        raise InvalidRequest(f"field 'budget' is {show(body.budget)}. Expected at most 2^62 bytes.", param="budget")
     await call.services.backend.set_budget(budget)
     return json_reply({"budget_bytes": budget})
 
