@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from hob.config import SchedulerConfig
 from hob.engine.fake import CostModel
 from hob.errors import Overloaded
-from hob.request import Request, SamplingParams, ServiceClass
+from hob.request import Request, Sampled, SamplingParams, ServiceClass
 from hob.scheduler.scheduler import ChunkResult, Plan, Scheduler
 
 NUM_BLOCKS = 80
@@ -146,7 +146,7 @@ class Simulation:
                 return
         self.now += seconds
         ends = [chunk.start + chunk.num_rows == chunk.sequence.num_tokens for chunk in plan.chunks]
-        results = [ChunkResult(token_id=1 if is_end else None) for is_end in ends]
+        results = [ChunkResult(drawn=[Sampled(1)] if is_end else []) for is_end in ends]
         for output in self.scheduler.postprocess(plan, results, seconds, self.now):
             if output.finish_reason is not None:
                 self._end(output.request_id)

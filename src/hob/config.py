@@ -93,6 +93,9 @@ class SchedulerConfig:
     and one long gap among many short ones is no slower pace. 0: none."""
     max_waiting: int = 1024
     """Most requests in the queue; one more is refused with a retry-after."""
+    speculation: str = "auto"
+    """'auto' guesses a stream's next tokens from its own text and computes them ahead where that is measured to pay;
+    the output is the same. 'off': for measuring what it gives."""
     prefix_cache: bool = True
     """Reuse computed blocks of equal prefixes of the same app. Off: for measuring what it gives."""
 
@@ -318,6 +321,7 @@ def _check(config: Config) -> None:
         "isa": (config.engine.isa, ("auto", "portable", "avx2", "avx512", "amx")),
         "weights": (config.engine.weights, ("copy", "map")),
         "kv_type": (config.engine.kv_type, ("f16", "q8")),
+        "speculation": (config.scheduler.speculation, ("auto", "off")),
         "host": (config.server.host, ("127.0.0.1", "::1", "localhost")),
     }
     for name, (value, allowed) in choices.items():

@@ -256,6 +256,9 @@ class Stats(msgspec.Struct):
     num_abandoned: int = 0
     """Steps stopped for an urgent request, and the seconds that were lost with them."""
     abandoned_s: float = 0.0
+    num_drafted_tokens: int = 0
+    """Rows of guessed tokens, and of these the true ones, which saved a step each."""
+    num_accepted_tokens: int = 0
     num_deadlines: int = 0
     """Requests with a deadline for the first token that have ended."""
     num_deadlines_missed: int = 0

@@ -167,6 +167,16 @@ Top = tuple[int, float]
 
 
 @dataclass(slots=True)
+class Sampled:
+    """One drawn token."""
+
+    token_id: int
+    logprob: float = 0.0
+    """log softmax of the raw logits, before temperature and penalties. 0 unless the draw's `logprobs` are wanted."""
+    tops: list[Top] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Usage:
     """What a sequence took: the receipt. Times are seconds."""
 
@@ -184,6 +194,9 @@ class Usage:
     """From its first token to its last."""
     compute_s: float = 0.0
     """Engine time attributed to it: its rows' share of each step it was in."""
+    num_drafted_tokens: int = 0
+    """Guessed and computed ahead, and of these the true ones, which saved a step each."""
+    num_accepted_tokens: int = 0
     is_ttft_met: bool | None = None
     """Whether the first token came before its deadline. None: there was none."""
     is_tpot_met: bool | None = None
@@ -268,6 +281,19 @@ class Density:
         return [total / count for total, count in zip(self.sums, self.counts, strict=True)]
 
 
+@dataclass(slots=True)
+class Drafts:
+    """How guesses at a sequence's next tokens fared: see scheduler/speculation.py."""
+
+    searched: bytearray = field(default_factory=bytearray)
+    """Its tokens as they are searched, as far as that was done."""
+    accepted: float = 0.0
+    """True guesses, and drafts that ended with a wrong one; older ones count less."""
+    rejected: float = 0.0
+    num_passed: int = 0
+    """Steps in which a draft would not have paid."""
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """The tokens of one sample or continuation as the scheduler and the engine see them. Owned by the engine process.
@@ -303,6 +329,7 @@ class Sequence:
     score_tops: list[list[Top]] = field(default_factory=list)
     density: Density = field(default_factory=Density)
     """How much attention its blocks got, where that is measured."""
+    drafts: Drafts = field(default_factory=Drafts)
     pooled: Pooled | None = None
     """Embed: what is gathered of the hidden states so far."""
     matcher: object | None = None

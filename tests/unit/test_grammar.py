@@ -186,8 +186,8 @@ def test_the_longest_that_may_be_asked_leaves_the_process_whole(grammars: Gramma
     assert error is None or isinstance(error, InvalidRequest)
     if error is None:
         masks = Masks(len(TOKENS))
-        masks.begin([made.result()]).result(60)
-        masks.accept([made.result()], [ord("a")])
+        masks.begin([made.result()], [[]]).result(60)
+        masks.accept([made.result()], [[ord("a")]])
 
 
 def test_such_a_chain_ends_a_process_with_an_ordinary_stack() -> None:
@@ -207,10 +207,10 @@ def test_a_grammar_that_grows_too_costly_ends_its_own_sequence(grammars: Grammar
     modest = matcher(grammars, grammar(regex="a+"))
     masks = Masks(len(TOKENS))
     for _ in range(2 * LIMITS["max_items_in_row"]):
-        rows = masks.begin([costly, None, modest]).result()
+        rows = masks.begin([costly, None, modest], [[]] * 3).result()
         assert rows.any(axis=1).all()
         assert (rows[1] == 0xFF).all()
-        ended = masks.accept([costly, None, modest], [ord("a")] * 3)
+        ended = masks.accept([costly, None, modest], [[ord("a")]] * 3)
         assert ended[1] is None
         assert ended[2] is None
         if ended[0] is not None:

@@ -57,6 +57,9 @@ class Totals:
     """None: no sequence ran to its end."""
     compute_s: float = 0.0
     """Engine time over all sequences."""
+    num_drafted_tokens: int = 0
+    """Guessed ahead, and of these the true ones, over all sequences that ran to their end."""
+    num_accepted_tokens: int = 0
     place: Place | None = None
     """Where the request stood when it came, if it had to wait."""
     is_ttft_met: bool | None = None
@@ -73,6 +76,8 @@ class Totals:
         self._times(usage)
         self.decode_s = max(self.decode_s or 0.0, usage.decode_s)
         self.compute_s += usage.compute_s
+        self.num_drafted_tokens += usage.num_drafted_tokens
+        self.num_accepted_tokens += usage.num_accepted_tokens
         self.is_tpot_met = usage.is_tpot_met
 
     def _times(self, usage: Usage) -> None:

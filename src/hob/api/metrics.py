@@ -29,6 +29,8 @@ ENGINE_COUNTERS = {
     "num_steps": ("hob_steps", "Forward passes."),
     "num_rows": ("hob_rows", "Tokens computed."),
     "step_s": ("hob_step_seconds", "Time spent in steps."),
+    "num_drafted_tokens": ("hob_drafted_tokens", "Rows of tokens guessed ahead; they grow only while that pays."),
+    "num_accepted_tokens": ("hob_accepted_tokens", "Of those, true guesses."),
     "num_preemptions": ("hob_preemptions", "Sequences that lost their blocks."),
     "num_alarms": ("hob_alarms", "Blocks that were not what the index said. Expected: 0."),
 }

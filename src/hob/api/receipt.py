@@ -7,6 +7,7 @@ model     name, quantisation, SHA-256 of the file (null while a file of no known
           its SHA-256
 grammar   whether the output was held to one
 class     interactive, standard or background
+guessed   only if tokens were guessed ahead (scheduler/speculation.py): drafted, and of these accepted
 waited    only if it had to wait: how many were ahead when it came, and in how many seconds a first token was expected
 met       only if it asked for a deadline or a limit: whether it was kept
 joules    of the processor, in proportion to the engine time of this reply; only where the machine measures it
@@ -55,6 +56,8 @@ def receipt(call: Call) -> dict[str, Any]:
     }
     if (place := totals.place) is not None:
         found["waited"] = {"ahead": place.num_ahead, "expected": round(place.first_token_s, 6)}
+    if totals.num_drafted_tokens:
+        found["guessed"] = {"drafted": totals.num_drafted_tokens, "accepted": totals.num_accepted_tokens}
     met = {"ttft_deadline": totals.is_ttft_met, "tpot_limit": totals.is_tpot_met}
     if met := {name: value for name, value in met.items() if value is not None}:
         found["met"] = met

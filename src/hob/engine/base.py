@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from hob.kvcache.compression import KvShape
 from hob.kvcache.pool import BLOCK_SIZE as BLOCK_SIZE
 from hob.messages import ModelInfo
-from hob.request import SamplingParams, Top
+from hob.request import Sampled as Sampled
+from hob.request import SamplingParams
 
 
 class Out(enum.IntEnum):
@@ -95,16 +96,6 @@ class Draw:
     """Prompt and output so far, for the penalties."""
     num_generated: int
     """How many at the end of `token_ids` are output."""
-
-
-@dataclass(slots=True)
-class Sampled:
-    """One drawn token."""
-
-    token_id: int
-    logprob: float
-    """log softmax of the raw logits, before temperature and penalties. 0 unless the draw's `logprobs` are wanted."""
-    tops: list[Top] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -27,11 +28,12 @@ _STREAMING = [int(Out.LOGITS)], [0]
 
 
 class ChunkLike(Protocol):
-    """Rows [start, end) of a sequence."""
+    """Rows [start, end) of a sequence, the last ones of guessed tokens."""
 
     sequence: Sequence
     start: int
     num_rows: int
+    drafts: list[int]
 
     @property
     def end(self) -> int: ...
@@ -48,6 +50,7 @@ def build_batch(chunks: Many[ChunkLike], num_layers: int, adapters: Mapping[str,
     for chunk in chunks:
         sequence = chunk.sequence
         token += sequence.token_ids[chunk.start : chunk.end]
+        token += chunk.drafts
         index += range(chunk.start, chunk.end)
         row_start.append(len(token))
         blocks += sequence.block_table
@@ -103,7 +106,8 @@ def _outputs(chunk: ChunkLike) -> tuple[list[int], list[int]]:
                 kinds[row] = int(Out.SCORE)
                 targets[row] = sequence.token_ids[chunk.start + row + 1]
     if wants_token(chunk):
-        kinds[-1] = int(Out.LOGITS)
+        num_draws = 1 + len(chunk.drafts)
+        kinds[-num_draws:] = [int(Out.LOGITS)] * num_draws
     return kinds, targets
 
 
@@ -114,8 +118,9 @@ def _layers(chunk: ChunkLike, num_layers: int) -> list[int]:
 
 
 def wants_token(chunk: ChunkLike) -> bool:
-    """Whether a token is to be drawn after the chunk's last row."""
-    return chunk.sequence.request.kind is Kind.GENERATE and chunk.end == chunk.sequence.num_tokens
+    """Whether a token is to be drawn after the chunk's last row, and after each one before it that leads to a guess."""
+    num_known = chunk.end - len(chunk.drafts)
+    return chunk.sequence.request.kind is Kind.GENERATE and num_known == chunk.sequence.num_tokens
 
 
 def wants_density(chunk: ChunkLike) -> bool:
@@ -128,26 +133,33 @@ def wants_density(chunk: ChunkLike) -> bool:
 
 
 def draws_of(chunks: Many[ChunkLike]) -> list[Draw]:
-    """How to sample the step's LOGITS rows, in their order."""
+    """How to sample the step's LOGITS rows, in their order: of guessed tokens as if the guesses before were true."""
     return [
         Draw(
             params=chunk.sequence.request.sampling,
             sample_index=chunk.sequence.index,
-            position=chunk.end,
-            token_ids=chunk.sequence.token_ids,
-            num_generated=chunk.sequence.num_generated,
+            position=chunk.sequence.num_tokens + i,
+            token_ids=chunk.sequence.token_ids + chunk.drafts[:i] if i else chunk.sequence.token_ids,
+            num_generated=chunk.sequence.num_generated + i,
         )
         for chunk in chunks
         if wants_token(chunk)
+        for i in range(1 + len(chunk.drafts))
     ]
+
+
+def true_ones(drafts: list[int], drawn: list[Sampled]) -> list[Sampled]:
+    """Of what was drawn, what holds: the first, and each token after a guess that was drawn too."""
+    num_true = 0
+    while num_true < len(drafts) and drawn[num_true].token_id == drafts[num_true]:
+        num_true += 1
+    return drawn[: num_true + 1]
 
 
 class ChunkValues(Protocol):
     """Where `collect` puts a chunk's values: the scheduler's ChunkResult."""
 
-    token_id: int | None
-    logprob: float
-    tops: list[Top]
+    drawn: list[Sampled]
     scores: list[float]
     score_tops: list[list[Top]]
     states: NDArray[np.float32] | None
@@ -162,8 +174,7 @@ def collect(
     drawn = iter(sampled)
     for i, (chunk, result) in enumerate(zip(chunks, results, strict=True)):
         if wants_token(chunk):
-            token = next(drawn)
-            result.token_id, result.logprob, result.tops = token.token_id, token.logprob, token.tops
+            result.drawn = true_ones(chunk.drafts, list(islice(drawn, 1 + len(chunk.drafts))))
         if batch.row_start[i] <= batch.measured < batch.row_start[i + 1]:
             result.density = engine.density(chunk.sequence.block_table[: num_blocks_for(chunk.end)])
     has_scores = bool((batch.out == Out.SCORE).any())

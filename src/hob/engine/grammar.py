@@ -4,6 +4,8 @@
     Masks.begin --thread--> bits for `Engine.sample`     while the step's forward pass runs without the GIL
     Masks.accept(tokens)                                 each matcher moves on; Ended says who is complete or broken
 
+Where tokens are guessed ahead, a copy of the matcher goes on by them, and a row follows for each.
+
 The matchers are `llguidance`'s. It gets the bytes of each token and decides on bytes; no text is made here. Tokens are
 never forced upon the model (`no_forcing`): any split of the allowed bytes may be drawn, so nothing needs a tokenizer.
 
@@ -87,6 +89,8 @@ class Matcher:
 class Ended:
     """What became of a constrained sequence in a step, if it is not to go on."""
 
+    at: int
+    """With which of the tokens that it was given."""
     error: InvalidRequest | None
     """None: its output is complete."""
 
@@ -158,35 +162,59 @@ class Masks:
     def __init__(self, vocab_size: int) -> None:
         self._num_bytes = mask_bytes(vocab_size)
         self._thread = _thread("mask")
-        self._errors: list[InvalidRequest | None] = []
+        self._errors: list[list[InvalidRequest | None]] = []
+        """Of each sequence's rows, as far as they can count."""
 
-    def begin(self, matchers: Many[Matcher | None]) -> Future[NDArray[np.uint8]]:
-        """One row for each draw of the step; a row without a matcher allows everything."""
-        return self._thread.submit(self._fill, matchers)
+    def begin(self, matchers: Many[Matcher | None], drafts: Many[list[int]]) -> Future[NDArray[np.uint8]]:
+        """One row for each draw of the step: of a sequence, the next token's and one after each guess at it.
 
-    def accept(self, matchers: Many[Matcher | None], token_ids: Many[int]) -> list[Ended | None]:
-        """Move on by the step's tokens. None: the sequence goes on."""
+        A row without a matcher allows everything.
+        """
+        return self._thread.submit(self._fill, matchers, drafts)
+
+    def accept(self, matchers: Many[Matcher | None], token_ids: Many[list[int]]) -> list[Ended | None]:
+        """Move on by the step's tokens, as many of each sequence as hold. None: the sequence goes on."""
         return self._thread.submit(self._accept, matchers, token_ids).result()
 
-    def _fill(self, matchers: Many[Matcher | None]) -> NDArray[np.uint8]:
-        rows = np.full((len(matchers), self._num_bytes), 0xFF, np.uint8)
-        self._errors = [None] * len(matchers)
-        for i, matcher in enumerate(matchers):
-            if matcher is None:
-                continue
-            rows[i] = 0
-            self._errors[i] = matcher.fill(rows[i])
-            if self._errors[i] is not None:
-                rows[i] = 0xFF  # something must be drawn for it; `accept` says that it does not count
+    def _fill(self, matchers: Many[Matcher | None], drafts: Many[list[int]]) -> NDArray[np.uint8]:
+        rows = np.full((sum(1 + len(guesses) for guesses in drafts), self._num_bytes), 0xFF, np.uint8)
+        self._errors = []
+        at = 0
+        for matcher, guesses in zip(matchers, drafts, strict=True):
+            own = rows[at : at + 1 + len(guesses)]
+            self._errors.append([] if matcher is None else _fill_along(matcher, guesses, own))
+            at += len(own)
         return rows
 
-    def _accept(self, matchers: Many[Matcher | None], token_ids: Many[int]) -> list[Ended | None]:
-        found: list[Ended | None] = []
-        for matcher, error, token_id in zip(matchers, self._errors, token_ids, strict=True):
-            is_complete = matcher is not None and error is None and matcher.accept(token_id)
-            error = error or (matcher.error if is_complete and matcher is not None else None)
-            found.append(Ended(error) if error is not None or is_complete else None)
-        return found
+    def _accept(self, matchers: Many[Matcher | None], token_ids: Many[list[int]]) -> list[Ended | None]:
+        return [
+            None if matcher is None else _accept_along(matcher, errors, tokens)
+            for matcher, errors, tokens in zip(matchers, self._errors, token_ids, strict=True)
+        ]
+
+
+def _fill_along(matcher: Matcher, guesses: list[int], rows: NDArray[np.uint8]) -> list[InvalidRequest | None]:
+    """Masks of a sequence, from where it stands on along the guesses, until one cannot be drawn or ends the output."""
+    errors: list[InvalidRequest | None] = []
+    ahead = matcher.fork() if guesses else matcher
+    for row, guess in zip(rows, [*guesses, None], strict=True):
+        row[:] = 0
+        errors.append(ahead.fill(row))
+        if errors[-1] is not None:
+            row[:] = 0xFF  # something must be drawn for it; `accept` says that it does not count
+            break
+        if guess is None or not row[guess // 8] >> guess % 8 & 1 or ahead.accept(guess):
+            break
+    return errors
+
+
+def _accept_along(matcher: Matcher, errors: list[InvalidRequest | None], tokens: list[int]) -> Ended | None:
+    for at, (token_id, error) in enumerate(zip(tokens, errors, strict=False)):
+        is_complete = error is None and matcher.accept(token_id)
+        error = error or (matcher.error if is_complete else None)
+        if error is not None or is_complete:
+            return Ended(at, error)
+    return None
 
 
 def mask_bytes(vocab_size: int) -> int:

@@ -38,6 +38,11 @@ class Work(NamedTuple):
         end = start + num_rows
         return Work(self.num_rows + num_rows, self.context + (start + end) * num_rows // 2, self.num_keys + end)
 
+    def longer(self, start: int, num_rows: int) -> Work:
+        """And rows [start, start + num_rows) of a sequence that has the rows before them."""
+        more = self.plus(start, num_rows)
+        return more._replace(num_keys=self.num_keys + num_rows)
+
 
 class CostModel:
     """Seconds per step, online."""
@@ -82,6 +87,11 @@ class CostModel:
     def keys_s(self, num_keys: int) -> float:
         """Estimated seconds to bring so many keys of a sequence in once."""
         return self._coefficients[3] * num_keys
+
+    def row_s(self, start: int) -> float:
+        """Estimated seconds of one row more, at `start`, of a sequence that has the rows before it."""
+        _, b, c, d = self._coefficients
+        return b + c * start + d
 
     def rows_within(self, seconds: float, start: int, max_rows: int) -> int:
         """Most further rows of one sequence, from index `start` on, that take no more than `seconds` beside a step.

@@ -200,6 +200,21 @@ class Placement:
             sequence.block_table += self.pool.allocate(missing)
         return True
 
+    def stretch(self, sequence: Sequence, end: int) -> int:
+        """Hold blocks for tokens up to `end` if that takes nothing from anybody, cached prefixes included.
+
+        Returns the end of what there are blocks for.
+        """
+        missing = num_blocks_for(end) - len(sequence.block_table)
+        sequence.block_table += self.pool.allocate(min(max(missing, 0), self.pool.num_unused))
+        return min(end, len(sequence.block_table) * BLOCK_SIZE)
+
+    def trim(self, sequence: Sequence) -> None:
+        """Give back blocks beyond the sequence's tokens."""
+        num_blocks = num_blocks_for(sequence.num_tokens)
+        self.pool.free(sequence.block_table[num_blocks:])
+        del sequence.block_table[num_blocks:]
+
     def advance(self, sequence: Sequence, start: int, end: int) -> None:
         """Tokens [start, end) are computed: let their full blocks be found by others."""
         sequence.num_computed_tokens = end

@@ -29,6 +29,7 @@ from hob.request import (
     OutputError,
     Place,
     Request,
+    Sampled,
     Sequence,
     SequenceOutput,
     ServiceClass,
@@ -41,6 +42,7 @@ from hob.scheduler.cost import CostModel, Work
 from hob.scheduler.forecast import Forecast, is_paced, lack_of
 from hob.scheduler.order import Order
 from hob.scheduler.placement import Copy, Placement
+from hob.scheduler.speculation import Speculation, look_up, may_draft
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,11 +56,12 @@ MAX_KEYS_SHARE = 0.25
 
 @dataclass(slots=True)
 class Chunk:
-    """Rows of one sequence in a step: tokens [start, start + num_rows)."""
+    """Rows of one sequence in a step: tokens [start, start + num_rows), the last ones guessed."""
 
     sequence: Sequence
     start: int
     num_rows: int
+    drafts: list[int] = field(default_factory=list)
 
     @property
     def end(self) -> int:
@@ -96,15 +99,19 @@ class Plan:
         if sequence.request.tpot_limit_s is not None and sequence.first_token_s is not None:
             self.pace_s = min(self.pace_s, PACE_MARGIN * sequence.request.tpot_limit_s)
 
+    def draft(self, chunk: Chunk, tokens: list[int]) -> None:
+        """Give a stream rows for guessed tokens. They are no part of `urgent`: nobody's step may be longer for them."""
+        self.work = self.work.longer(chunk.end, len(tokens))
+        chunk.num_rows += len(tokens)
+        chunk.drafts = tokens
+
 
 @dataclass(slots=True)
 class ChunkResult:
     """What the engine computed for one chunk, in the order of the plan."""
 
-    token_id: int | None = None
-    """The token drawn after the last row, if one was wanted."""
-    logprob: float = 0.0
-    tops: list[Top] = field(default_factory=list)
+    drawn: list[Sampled] = field(default_factory=list)
+    """Tokens that hold: the one drawn after the last known one, if it was wanted, and those after true guesses."""
     scores: list[float] = field(default_factory=list)
     score_tops: list[list[Top]] = field(default_factory=list)
     states: NDArray[np.float32] | None = None
@@ -113,9 +120,9 @@ class ChunkResult:
     density: list[float] | None = None
     """Attention that the last row paid to each block, if it was measured."""
     is_complete: bool = False
-    """The token ends what its grammar allows."""
+    """The last token ends what its grammar allows."""
     error: OutputError | None = None
-    """The sequence cannot go on; the token does not count."""
+    """The sequence cannot go on; the last token does not count."""
 
 
 class Scheduler:
@@ -138,6 +145,7 @@ class Scheduler:
         self.order = Order(lambda sequence: self.forecast.need_s(sequence))
         self.placement = Placement(num_blocks, config.max_running, config.prefix_cache, self.order, second, salt_of)
         self.forecast = Forecast(config, self.cost, self.order, self.placement)
+        self.speculation = Speculation()
         self._requests: dict[str, list[Sequence]] = {}
         self._apps: dict[str, AppStats] = {}
         self._stats = Stats(num_blocks=num_blocks)
@@ -221,6 +229,7 @@ class Scheduler:
         self._start_urgent(plan)
         self._plan_streams(plan)
         self._plan_others(plan)
+        self._plan_drafts(plan)
         if not plan.chunks:
             return None
         self._count_short(plan)
@@ -258,14 +267,18 @@ class Scheduler:
         for chunk, result, share in zip(plan.chunks, results, shares, strict=True):
             sequence = chunk.sequence
             self._charge(chunk, share * scale)
-            self.placement.advance(sequence, chunk.start, chunk.end)
+            self.placement.advance(sequence, chunk.start, chunk.end - len(chunk.drafts))
             if result.density is not None:
                 sequence.density.add(result.density, chunk.end)
             if sequence.leader is None:
                 self.placement.fork(sequence, self._requests[sequence.request.request_id])
-            output = self._take(sequence, result, now)
+            output = self._take(chunk, result, now)
             if output is not None:
                 outputs.append(output)
+            if not sequence.is_finished:
+                sequence.num_reached = max(sequence.num_reached, sequence.num_computed_tokens)
+                if chunk.drafts:
+                    self.placement.trim(sequence)
         return outputs
 
     def fail(self, plan: Plan, error: OutputError, now: float) -> list[SequenceOutput]:
@@ -289,6 +302,8 @@ class Scheduler:
             self._apps[sequence.request.app].num_waiting += 1
         for app in self._apps.values():
             app.wait_s = waits.get(app.app, 0.0) if app.num_waiting else 0.0
+        self._stats.num_drafted_tokens = self.speculation.num_drafted
+        self._stats.num_accepted_tokens = self.speculation.num_accepted
         self._stats.num_running = len(self.running)
         self._stats.num_waiting = len(self.waiting)
         self._stats.num_preemptions = self.placement.num_preemptions
@@ -350,6 +365,38 @@ class Scheduler:
             if num_rows > 0 and self.placement.grow(sequence, num_rows, plan.planned):
                 plan.add(sequence, num_rows)
 
+    def _plan_drafts(self, plan: Plan) -> None:
+        """Rows for guesses at what streams say next, where they pay, of what is left when all others have theirs."""
+        if self.config.speculation == "off":
+            return
+        streams = [chunk for chunk in plan.chunks if chunk.num_rows == 1 and may_draft(chunk.sequence)]
+        streams = [chunk for chunk in streams if chunk.end == chunk.sequence.num_tokens]
+        if not streams:
+            return
+        work = Work()
+        for chunk in streams:
+            work = work.plus(chunk.start, 1)
+        token_s = self.cost.step_s(work) / len(streams)
+        budget_s = min(self.config.max_step_s, plan.pace_s, self._short_s(plan))
+        most = self.config.max_running - len(plan.chunks)
+        for chunk in streams:
+            sequence, row_s = chunk.sequence, self.cost.row_s(chunk.end)
+            most = min(most, self.config.max_step_tokens - plan.work.num_rows)
+            num_fit = min(most, int((budget_s - self.cost.step_s(plan.work)) / row_s), self._num_wanted(sequence) - 1)
+            num_rows = min(num_fit, self.speculation.num_rows(sequence.drafts, token_s, row_s)) if num_fit > 0 else 0
+            if num_rows < 1 or not (tokens := look_up(sequence, num_rows)):
+                continue
+            end = self.placement.stretch(sequence, chunk.end + len(tokens))
+            if end > chunk.end:
+                tokens = tokens[: end - chunk.end]
+                plan.draft(chunk, tokens)
+                most -= len(tokens)
+
+    def _num_wanted(self, sequence: Sequence) -> int:
+        """Tokens that a stream may generate yet."""
+        rest = sequence.request.sampling.max_tokens - sequence.num_generated
+        return min(rest, self.context_length - sequence.num_tokens)
+
     def _rows_left(self, plan: Plan, sequence: Sequence) -> int:
         """Rows that the sequence may have in this step; at least one in a step that has none yet."""
         if len(plan.chunks) >= self.config.max_running:
@@ -395,22 +442,36 @@ class Scheduler:
 
     # ---- what it meant ----
 
-    def _take(self, sequence: Sequence, result: ChunkResult, now: float) -> SequenceOutput | None:
+    def _take(self, chunk: Chunk, result: ChunkResult, now: float) -> SequenceOutput | None:
         """Add one chunk's results to its sequence. Returns what to tell the client, if anything."""
+        sequence = chunk.sequence
         sequence.scores += result.scores
         sequence.score_tops += result.score_tops
         request = sequence.request
-        if result.error is not None:
-            failed = self._finish(sequence, FinishReason.ERROR, now)
-            failed.error = result.error
-            return failed
         if result.states is not None:
             sequence.pooled = sequence.pooled or Pooled(request.pools, sequence.num_tokens)
             sequence.pooled.add(result.first_state, result.states)
         if request.kind is not Kind.GENERATE:
             return self._finish(sequence, FinishReason.STOP, now) if lack_of(sequence) <= 0 else None
-        if result.token_id is None:
-            return None
+        if chunk.drafts:
+            self.speculation.note(sequence, len(chunk.drafts), max(len(result.drawn) - 1, 0))
+        output, known_end = None, chunk.end - len(chunk.drafts)
+        for i, token in enumerate(result.drawn):
+            if i:  # the row of the guess before it, which is true
+                self.placement.advance(sequence, known_end + i - 1, known_end + i)
+            is_last = i == len(result.drawn) - 1
+            output = _joined(output, self._take_token(sequence, token, result if is_last else None, now))
+            if sequence.is_finished:
+                break
+        return output
+
+    def _take_token(self, sequence: Sequence, token: Sampled, last: ChunkResult | None, now: float) -> SequenceOutput:
+        """Add one token, and what is known of the output's end if it is the chunk's last."""
+        request = sequence.request
+        if last is not None and last.error is not None:
+            failed = self._finish(sequence, FinishReason.ERROR, now)
+            failed.error = last.error
+            return failed
         is_first = sequence.first_token_s is None
         if is_first:
             sequence.first_token_s = now
@@ -418,22 +479,22 @@ class Scheduler:
                 sequence.usage.is_ttft_met = now - sequence.arrival_s <= request.ttft_deadline_s
             self._app(request.app).last_ttft_s = now - sequence.arrival_s
         sampling = request.sampling
-        if result.token_id in sampling.stop_token_ids:
+        if token.token_id in sampling.stop_token_ids:
             return self._finish(sequence, FinishReason.STOP, now)
-        sequence.token_ids.append(result.token_id)
+        sequence.token_ids.append(token.token_id)
         self._app(request.app).num_output_tokens += 1
         is_full = sequence.num_generated >= sampling.max_tokens or sequence.num_tokens >= self.context_length
-        if result.is_complete:
+        if last is not None and last.is_complete:
             output = self._finish(sequence, FinishReason.STOP, now)
         elif is_full:
             output = self._finish(sequence, FinishReason.LENGTH, now)
         else:
             output = SequenceOutput(request.request_id, sequence.index)
-        output.token_ids = [result.token_id]
+        output.token_ids = [token.token_id]
         if is_first and output.usage is None:
             output.usage = replace(sequence.usage, prefill_s=now - (sequence.first_step_s or now))
         if sampling.logprobs is not None:
-            output.logprobs, output.tops = [result.logprob], [result.tops]
+            output.logprobs, output.tops = [token.logprob], [token.tops]
         return output
 
     def _finish(self, sequence: Sequence, reason: FinishReason, now: float) -> SequenceOutput:
@@ -482,10 +543,19 @@ class Scheduler:
         sequence.usage.compute_s += seconds
         self._app(request.app).compute_s += seconds
         num_new = max(chunk.end - max(chunk.start, sequence.num_reached), 0)
-        sequence.num_reached = max(sequence.num_reached, chunk.end)
         self.order.fairness.charge(request.app, seconds * num_new / chunk.num_rows, request.weight)
 
     def _app(self, app: str) -> AppStats:
         if app not in self._apps:
             self._apps[app] = AppStats(app)
         return self._apps[app]
+
+
+def _joined(earlier: SequenceOutput | None, output: SequenceOutput) -> SequenceOutput:
+    """One output of a sequence that brings what two would."""
+    if earlier is not None:
+        output.token_ids = earlier.token_ids + output.token_ids
+        output.logprobs = earlier.logprobs + output.logprobs
+        output.tops = earlier.tops + output.tops
+        output.usage = output.usage or earlier.usage
+    return output

@@ -69,9 +69,11 @@ def compute(engine: Engine, plan: Plan, masks: Masks | None = None) -> list[Chun
     for copy in plan.copies:
         engine.copy_block(copy.source, copy.destination, copy.num_tokens)
     batch = build_batch(plan.chunks, engine.info.num_layers, engine.adapters)
-    drawn = [(i, _matcher_of(chunk.sequence)) for i, chunk in enumerate(plan.chunks) if wants_token(chunk)]
-    matchers = [matcher for _, matcher in drawn]
-    filling = masks.begin(matchers) if masks is not None and any(matchers) else None
+    drawing = [i for i, chunk in enumerate(plan.chunks) if wants_token(chunk)]
+    matchers = [_matcher_of(plan.chunks[i].sequence) for i in drawing]
+    filling = None
+    if masks is not None and any(matchers):
+        filling = masks.begin(matchers, [plan.chunks[i].drafts for i in drawing])
     if not engine.forward(batch).is_done:
         return None
     draws = draws_of(plan.chunks)
@@ -79,12 +81,13 @@ def compute(engine: Engine, plan: Plan, masks: Masks | None = None) -> list[Chun
     results = [ChunkResult() for _ in plan.chunks]
     collect(engine, plan.chunks, batch, sampled, results)
     if masks is not None and filling is not None:
-        ends = masks.accept(matchers, [token.token_id for token in sampled])
-        for (i, _), ended in zip(drawn, ends, strict=True):
-            if ended is not None and ended.error is not None:
-                results[i].error = OutputError.of(ended.error)
-            elif ended is not None:
-                results[i].is_complete = True
+        ends = masks.accept(matchers, [[token.token_id for token in results[i].drawn] for i in drawing])
+        for i, ended in zip(drawing, ends, strict=True):
+            if ended is None:
+                continue
+            del results[i].drawn[ended.at + 1 :]
+            results[i].is_complete = ended.error is None
+            results[i].error = OutputError.of(ended.error) if ended.error is not None else None
     return results
 
 
