@@ -1,12 +1,13 @@
 """Tokens per second with speculation and without, where guesses come true and where they do not.
 
-    python benchmarks/speculation.py [MODEL.gguf] [--json]
+    python benchmarks/speculation.py [MODEL.gguf] [--loads code,json,chat] [--json]
 
 Engine and scheduler in one process, as the engine process runs them, without a prefix cache. Each load with 1 and with
 4 sequences, off and auto in turn, medians over --rounds; the tokens must be the same. The scheduler lives on from round
 to round, as in a service, and begins with a round that does not count.
 
-copy   code, to be said again: greedy completions after the code and a heading
+code   a file of functions that are alike goes on with the next one: greedy completions
+json   records made into JSON after some examples: greedy completions, and on with records of the model's own
 chat   questions in the model's chat template, drawn at temperature 0.8
 """
 
@@ -47,7 +48,15 @@ CODE = """def {0}(items, limit):
         raise ValueError("no items below the limit")
     return sorted(found, key=len)[: limit // 2]
 """
-COPIES = ["names", "labels", "titles", "words"]
+NAMES = ["names", "labels", "titles", "words", "tags"]
+RECORD = 'Text: {0} is {1} years old and lives in {2}.\nJSON: {{"name": "{0}", "age": {1}, "city": "{2}"}}\n\n'
+PEOPLE = [
+    ("Ada Lovelace", 36, "London"),
+    ("Alan Turing", 41, "Manchester"),
+    ("Grace Hopper", 85, "New York"),
+    ("Konrad Zuse", 55, "Berlin"),
+    ("Emmy Noether", 53, "Erlangen"),
+]
 QUESTIONS = [
     "What should I pack for a week in the mountains?",
     "Write a short story about a lighthouse keeper.",
@@ -122,6 +131,7 @@ def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", help="GGUF file; the default model if left out")
+    parser.add_argument("--loads", default="code,json,chat", help="which, with commas")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -130,13 +140,19 @@ def main() -> None:
         tokenizer = Tokenizer(file.metadata)
         encoder = ChatEncoder.from_metadata(file.metadata, tokenizer)
     host = Host(model)
-    heading = "```python\n{0}```\n\nThe same code once more:\n\n```python\n"
-    copies = [tokenizer.encode(heading.format(CODE.format(name))) for name in COPIES]
+    functions = [CODE.format(name) for name in NAMES]
+    files = [tokenizer.encode("\n\n".join([*functions[i:], *functions[:i]][:3]) + "\n\ndef") for i in range(4)]
+    records = [RECORD.format(*person) for person in PEOPLE]
+    lists = [tokenizer.encode("".join([*records[i:], *records[:i]]) + "Text:") for i in range(4)]
     questions = [encoder.encode([{"role": "user", "content": text}]) for text in QUESTIONS]
     before = machine.CpuTimes.now()
     results: dict[str, Any] = {}
-    for name, prompts, temperature in (("copy", copies, 0.0), ("chat", questions, 0.8)):
-        for count in (1, 4):
+    for name, prompts, temperature in (
+        ("code", files, 0.0),
+        ("json", lists, 0.0),
+        ("chat", questions, 0.8),
+    ):
+        for count in (1, 4) if name in args.loads.split(",") else ():
             results[f"{name}_{count}"] = compare(host, prompts[:count], temperature, args.rounds)
     result = {"machine": machine.describe(), "isa": host.engine.info.isa, "loads": results}
     result["steal"] = round(before.steal_share_since(), 4)
