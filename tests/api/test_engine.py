@@ -142,3 +142,23 @@ def test_an_unknown_adapter_is_refused_with_those_there_are(client: openai.OpenA
 def test_adapters_are_listed_beside_their_model(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()][:2] == ["fake", "fake:twin"]
     assert client.models.retrieve("fake:twin").id == "fake:twin"
+
+
+def test_guesses_change_no_reply_and_are_told() -> None:
+    """With a grammar that leaves little to choose, most guesses are true; a stop string ends within a draft."""
+    body = {"model": "fake", "prompt": "ab", "max_tokens": 120, "regex": "(abc|abd){30}e", "seed": 3, "logprobs": 2}
+    replies = {}
+    for speculation in ("auto", "off"):
+        with running(model="fake:2", speculation=speculation) as started, started.client() as client:
+            whole = client.complete(**body)
+            stopped = client.complete(**body, stop=["cabcabcabcabca"])
+            replies[speculation] = [
+                (reply["choices"], reply["usage"]["completion_tokens"]) for reply in (whole, stopped)
+            ]
+            guessed = whole["hob"].get("guessed")
+            if speculation == "off":
+                assert guessed is None
+            else:
+                assert guessed["drafted"] >= guessed["accepted"] > 20
+    assert replies["auto"] == replies["off"]
+    assert replies["auto"][1][1] < replies["auto"][0][1]

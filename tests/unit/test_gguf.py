@@ -329,6 +329,11 @@ WRONG = {
     "theta": (set_key("llama.rope.freq_base", -1.0, "FLOAT32"), "freq_base is -1.0. Expected a positive"),
     "rope dim": (set_key("llama.rope.dimension_count", 6, "UINT32"), "dimension_count is 6. .* head's 4"),
     "yarn": (set_key("llama.rope.scaling.type", "yarn", "STRING"), "'yarn'. Expected 'linear' or 'none'"),
+    "soft caps": (
+        set_key("llama.attn_logit_softcapping", 50.0, "FLOAT32"),
+        "attn_logit_softcapping is 50.0. Expected none",
+    ),
+    "capped head": (set_key("llama.final_logit_softcapping", 30.0, "FLOAT32"), "final_logit_softcapping is 30.0"),
     "experts": (set_key("llama.expert_count", 8, "UINT32"), "expert_count"),
     "tokens": (set_key("tokenizer.ggml.tokens", ["x"] * 11, "ARRAY"), "10 rows. Expected 11"),
     "incomplete": (lambda out: None, r"no tensor '.*' .*incomplete"),

@@ -109,6 +109,9 @@ def expected_shapes(network: Network) -> Shapes:
 def _read_common(keys: _Keys) -> Network:
     """Sizes, and what RoPE does: the same keys in all families."""
     gguf = keys.gguf
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if cap := keys.number(name, 0.0, least=0.0):
+            raise keys.fail(name, cap, "none or 0: soft caps are not computed, and left out they change the answers")
     hidden = keys.integer("embedding_length", 2)
     heads = keys.integer("attention.head_count", 1)
     kv_heads = keys.integer("attention.head_count_kv", 1, heads)
@@ -167,7 +170,6 @@ def _gemma3(keys: _Keys, network: Network) -> Fields:
         "sliding_window": keys.integer("attention.sliding_window", 1),
         "sliding_layers": _sliding_layers(keys, network.num_layers, default_period=6),
         "sliding_rope_theta": keys.number("rope.freq_base_swa", 10000.0),
-        "logit_softcap": keys.number("final_logit_softcapping", 0.0, least=0.0),
     }
 
 
