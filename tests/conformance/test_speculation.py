@@ -39,7 +39,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalEngi
     isa, kv_type = request.param.split("-")
     shape = TinyShape(hidden_size=128, num_heads=2, num_kv_heads=1)
     packed = ensure_packed(write_tiny_gguf(tmp_path / "tiny.gguf", quant="Q4_1", shape=shape))
-    made = LocalEngine("tiny", packed, EngineConfig(isa=isa, threads=2, kv_type=kv_type), 128)
+    made = LocalEngine("tiny", packed, EngineConfig(isa=isa, threads=2, kv_type=kv_type), 512)
     made.open_pool(NUM_BLOCKS)
     yield made
     made.close()
