@@ -42,6 +42,42 @@ def test_contexts_of_all_bits_come_back(default_gguf: Path) -> None:
             assert client.stats()["stats"]["num_alarms"] == 0
 
 
+def test_kv_of_8_bits_comes_back_as_it_was_and_is_never_read_as_16(default_gguf: Path) -> None:
+    """Drawn at a high temperature, so that a small difference of the distributions shows."""
+    question = QUESTION | {"temperature": 1.5, "seed": 7, "max_tokens": 40}
+
+    def ask(daemon: Daemon, context_id: str) -> tuple[str, int, int]:
+        with daemon.client() as client:
+            turn: dict[str, Any] = client.turn(context_id, **question)
+            assert client.stats()["stats"]["num_alarms"] == 0
+            read = client.stats()["stats"]["num_blocks_read"]
+            return turn["choices"][0]["message"]["content"], turn["hob"]["tokens"]["cached"], read
+
+    def end(daemon: Daemon) -> None:
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.wait_end()
+
+    ensure_packed(default_gguf)
+    with short_folder() as home:
+        with Daemon(home, model=default_gguf, kv_type="q8").wait_ready() as daemon:
+            with daemon.client() as client:
+                ids = [client.create_context()["id"] for _ in range(3)]
+                for context_id in ids:
+                    client.turn(context_id, prompt=TEXT, temperature=0, max_tokens=4)
+                    until(lambda i=context_id: is_written(client, i), "its blocks on disk")
+            said, _, num_read = ask(daemon, ids[0])
+            assert num_read == 0
+            end(daemon)
+            daemon.restart()
+            said_again, num_cached, num_read = ask(daemon, ids[1])
+            assert (said_again, num_cached > 500, num_read > 30) == (said, True, True), "read from disk, not computed"
+            end(daemon)
+        with Daemon(home, model=default_gguf, kv_type="f16").wait_ready() as daemon:
+            _, num_cached, num_read = ask(daemon, ids[2])
+            assert (num_cached, num_read) == (0, 0)
+            end(daemon)
+
+
 def is_written(client: Client, context_id: str) -> bool:
     """Whether all full blocks of a context are on disk."""
     context = client.context(context_id)
