@@ -24,8 +24,8 @@ from hob.request import Drafts, Kind, Sequence
 
 NGRAM = 3
 """Tokens that must have been there before."""
-MAX_DRAFT = 12
-"""Most rows of a draft."""
+MAX_DRAFT = 7
+"""Most rows of a draft: with one more than eight in all a step takes markedly longer."""
 TRY_EVERY = 64
 """Steps after which one row is tried although that does not pay."""
 KEEP = 0.9
