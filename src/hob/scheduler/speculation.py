@@ -10,8 +10,8 @@ never been computed: its slots are written again, its blocks go back.
 
 A row i of a draft is true with a chance of about p^i, where p is how often this sequence's guesses came true of late.
 A token drawn early saves its share of a step of the streams; a row costs what the cost model says of one row more. So
-rows are added while p^i * token_s > row_s: none where guesses fail or many streams share a step, and then one now and
-then, to see whether that has changed. Looking for repetitions in the text itself is prompt lookup (Saxena 2023).
+rows are added while p^i * token_s > MARGIN * row_s: none where guesses fail or many streams share a step, and then one
+now and then, to see whether that has changed. Looking for repetitions in the text is prompt lookup (Saxena 2023).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ NGRAM = 3
 """Tokens that must have been there before."""
 MAX_DRAFT = 7
 """Most rows of a draft: with one more than eight in all a step takes markedly longer."""
+MARGIN = 2.0
+"""A drafted row counts as this many of the cost model's: it owes logits and a draw, which rows of prompts do not."""
 TRY_EVERY = 64
 """Steps after which one row is tried although that does not pay."""
 KEEP = 0.9
@@ -50,7 +52,7 @@ class Speculation:
 
     def num_rows(self, drafts: Drafts, token_s: float, row_s: float) -> int:
         """How many rows to draft if that many can be guessed."""
-        chance = self.chance(drafts)
+        chance, row_s = self.chance(drafts), MARGIN * row_s
         if chance * token_s <= row_s:
             drafts.num_passed += 1
             return int(drafts.num_passed % TRY_EVERY == 0)
