@@ -206,7 +206,8 @@ def grammars() -> Grammars:
 
 
 @pytest.mark.parametrize("regex", ["(ab|cd){5,40}p", "([a-d]{3}n){1,30}", "a*b*c*d{8}p", "(abc){20}"])
-def test_what_a_grammar_allows_is_the_same(grammars: Grammars, regex: str) -> None:
+def test_what_a_grammar_allows_is_the_same(grammars: Grammars, regex: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Speculation, "num_rows", lambda *_: 5)
     matcher = grammars.compile(Grammar(f"start: /{regex}/", "regex")).result()
     contents, num_accepted = [], 0
     for speculation in ("off", "auto"):
@@ -220,7 +221,7 @@ def test_what_a_grammar_allows_is_the_same(grammars: Grammars, regex: str) -> No
         num_accepted = world.scheduler.stats().num_accepted_tokens
     assert contents[0] == contents[1]
     assert any(got.finish_reason is FinishReason.STOP for got in world.got.values())
-    assert num_accepted > 1
+    assert num_accepted > 5
 
 
 # ---- when it pays ----
