@@ -145,8 +145,11 @@ class Simulation:
                 self.now = call.at
                 return
         self.now += seconds
-        ends = [chunk.start + chunk.num_rows == chunk.sequence.num_tokens for chunk in plan.chunks]
-        results = [ChunkResult(drawn=[Sampled(1)] if is_end else []) for is_end in ends]
+        ends = [chunk.end - len(chunk.drafts) == chunk.sequence.num_tokens for chunk in plan.chunks]
+        results = [
+            ChunkResult(drawn=[Sampled(1)] * (1 + len(chunk.drafts)) if is_end else [])  # it says 1 only: guesses are true
+            for chunk, is_end in zip(plan.chunks, ends, strict=True)
+        ]
         for output in self.scheduler.postprocess(plan, results, seconds, self.now):
             if output.finish_reason is not None:
                 self._end(output.request_id)
