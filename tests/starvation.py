@@ -147,7 +147,7 @@ class Simulation:
         self.now += seconds
         ends = [chunk.end - len(chunk.drafts) == chunk.sequence.num_tokens for chunk in plan.chunks]
         results = [
-            ChunkResult(drawn=[Sampled(1)] * (1 + len(chunk.drafts)) if is_end else [])  # it says 1 only: guesses are true
+            ChunkResult(drawn=[Sampled(1)] * (1 + len(chunk.drafts)) if is_end else [])  # it says 1 only: guesses hold
             for chunk, is_end in zip(plan.chunks, ends, strict=True)
         ]
         for output in self.scheduler.postprocess(plan, results, seconds, self.now):
