@@ -392,9 +392,9 @@ class GrammarTarget:
         matcher = self._grammars.compile(grammar).result()
         rng = random.Random(len(data))
         for _ in range(24):
-            rows = self._masks.begin([matcher]).result()
+            rows = self._masks.begin([matcher], [[]]).result()
             allowed = np.unpackbits(rows[0], count=len(self.TOKENS), bitorder="little").nonzero()[0]
-            ended = self._masks.accept([matcher], [int(rng.choice(allowed))])[0]
+            ended = self._masks.accept([matcher], [[int(rng.choice(allowed))]])[0]
             if ended is not None:
                 if ended.error is not None:
                     raise ended.error
