@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -138,12 +139,10 @@ def change_budget(owner: Client, sampler: Sampler, budget: int) -> None:
 def rest(owner: Client) -> None:
     """Unload all but the default model."""
     for name in NAMES[1:]:
-        try:
-            owner.end_lease(name)
-            owner.unload(name)
-        except HobError:
-            continue  # not loaded
-    until(lambda: [m["name"] for m in owner.memory()["models"]] in ([NAMES[0]], []), "the models to go")
+        for go in (owner.end_lease, owner.unload):
+            with suppress(HobError):  # no lease, or not loaded
+                go(name)
+    until(lambda: [m["name"] for m in owner.memory()["models"]] in ([NAMES[0]], []), "the models to go", 60)
 
 
 def play(daemon: Daemon, seed: float, acts: int) -> Findings:
