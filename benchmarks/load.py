@@ -2,12 +2,12 @@
 
 python benchmarks/load.py --model smollm2-135m [--clients 200] [--seconds 300] [--json]
 
-So many programs stream chat replies without pause, each over a connection of its own for each request; one is dropped
-when its stream does not end as it should, with a finish reason and [DONE]. The CPU time is that of the API process; the
-engine is another process. Two loads tell requests and tokens apart: replies of --tokens tokens for most of the time,
-then of a quarter of that. With r seconds a request and t a token,  cpu = r x requests + t x tokens  in both. Both loads
-stream: between two steps of many streams the engine empties all caches, and a request that is handled then costs more
-than one among replies of a single token.
+So many programs stream chat replies without pause, each over a connection of its own that it keeps, as OpenAI's clients
+do (--close: a new one for each request); a request is dropped when its stream does not end as it should, with a finish
+reason and [DONE]. The CPU time is that of the API process; the engine is another process. Two loads tell requests and
+tokens apart: replies of --tokens tokens for most of the time, then of a quarter of that. With r seconds a request and t a
+token,  cpu = r x requests + t x tokens  in both. Both loads stream: between two steps of many streams the engine empties
+all caches, and a request that is handled then costs more than one among replies of a single token.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from typing import Any
 import machine
 from service import NO_STOP, Daemon, cpu_s
 
-HEAD = (
-    "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
-)
+HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Tally:
     """Of the first that was dropped."""
 
 
-async def one(socket: str, index: int, max_tokens: int, tally: Tally) -> None:
+async def one(connection: Connection, index: int, max_tokens: int, tally: Tally) -> None:
     """One streamed reply, read to its end."""
     body = {
         "model": "default",
@@ -48,14 +47,11 @@ async def one(socket: str, index: int, max_tokens: int, tally: Tally) -> None:
         "logit_bias": NO_STOP,
     }
     payload = json.dumps(body).encode()
-    reader, writer = await asyncio.open_unix_connection(socket)
-    try:
-        writer.write(f"{HEAD}X-Hob-App: load{index % 8}\r\nContent-Length: {len(payload)}\r\n\r\n".encode() + payload)
-        data = bytearray()
-        while piece := await reader.read(65536):
-            data += piece
-    finally:
-        writer.close()
+    reader, writer = connection
+    writer.write(f"{HEAD}X-Hob-App: load{index % 8}\r\nContent-Length: {len(payload)}\r\n\r\n".encode() + payload)
+    data = bytearray()
+    while not data.endswith(b"0\r\n\r\n") and (piece := await reader.read(65536)):
+        data += piece
     tally.requests += 1
     if b" 200 OK" not in data[:20] or b'"finish_reason":"length"' not in data or b"data: [DONE]" not in data:
         tally.dropped += 1
@@ -64,17 +60,23 @@ async def one(socket: str, index: int, max_tokens: int, tally: Tally) -> None:
         tally.tokens += max_tokens  # some add no text: half a character
 
 
-async def load(socket: str, clients: int, seconds: float, max_tokens: int) -> Tally:
-    """All clients until the time is up; a request that has begun then is waited for."""
+async def load(socket: str, clients: int, seconds: float, max_tokens: int, is_kept: bool = True) -> Tally:
+    """All clients until the time is up; a request that has begun then is waited for. is_kept: their connections are."""
     tally, end = Tally(), time.perf_counter() + seconds
 
     async def client(index: int) -> None:
+        connection = None
         while time.perf_counter() < end:
             try:
-                await one(socket, index, max_tokens, tally)
+                connection = connection or await asyncio.open_unix_connection(socket)
+                await one(connection, index, max_tokens, tally)
             except OSError as error:
                 tally.dropped += 1
                 tally.fault = tally.fault or repr(error)
+                connection = None
+            if connection is not None and (not is_kept or time.perf_counter() >= end):
+                connection[1].close()
+                connection = None
 
     await asyncio.gather(*(client(i) for i in range(clients)))
     return tally
@@ -89,7 +91,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     figures = []
     for seconds, max_tokens in ((args.seconds * 0.7, args.tokens), (args.seconds * 0.3, args.tokens // 4)):
         start = cpu_s(daemon.pids[0])
-        tally = await load(daemon.socket, args.clients, seconds, max_tokens)
+        tally = await load(daemon.socket, args.clients, seconds, max_tokens, not args.close)
         figures.append((tally, cpu_s(daemon.pids[0]) - start))
     daemon.close()
     (long, long_s), (short, short_s) = figures
@@ -118,6 +120,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--tokens", type=int, default=64, help="of a reply in the first load")
+    parser.add_argument("--close", action="store_true", help="a new connection for each request")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     result = asyncio.run(run(args))

@@ -225,3 +225,15 @@ def test_lines_end_in_line_ends_and_carry_the_receipt(http: httpx.Client, backen
     lines = [json.loads(line) for line in reply.text.splitlines()]
     assert ["hob" in line for line in lines] == [False, False, True]
     assert lines[-1]["hob"]["tokens"]["generated"] == 2
+
+
+def test_a_body_without_a_type_is_taken_from_programs_and_not_from_browsers(
+    http: httpx.Client, backend: ScriptedBackend
+) -> None:
+    body = json.dumps({"model": "scripted", "prompt": "Hi", "stream": False}).encode()
+    assert http.post("/api/generate", content=body).status_code == 200
+    for name in ("Origin", "Referer", "Sec-Fetch-Site", "Cookie"):
+        value = str(http.base_url).rstrip("/") if name == "Origin" else "x"
+        assert 400 <= http.post("/api/generate", content=body, headers={name: value}).status_code < 404
+    assert http.post("/api/generate", content=body, headers={"Content-Type": "text/plain"}).status_code == 400
+    assert http.post("/v1/completions", content=body).status_code == 400

@@ -27,6 +27,7 @@ log = logging.getLogger("hob.api")
 
 ALLOWED_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 CLIENT_GONE = 499
+FROM_BROWSERS = {b"origin", b"referer", b"sec-fetch-site", b"sec-fetch-mode", b"cookie"}
 """Status in the log of a request whose client left before the reply."""
 
 
@@ -105,7 +106,7 @@ class Edge:
         caller = record.caller = self._known(caller, headers.get(b"authorization", b"").decode("latin-1"))
         declared = headers.get(b"x-hob-app")
         record.app = caller.app(None if declared is None else declared.decode("latin-1"))
-        length = self._check_body(scope["method"], headers)
+        length = self._check_body(scope["method"], scope["path"], headers)
         record.grant = self._services.policy.enter(
             record.app, scope["path"], record.totals, time.monotonic(), is_counted=scope["method"] == "POST"
         )
@@ -165,11 +166,13 @@ class Edge:
         if not path.startswith(ENTER) and not self._services.sessions.knows(cookie):
             raise NoSession("this browser has no session. Open the page with `hob dashboard`.", param="Cookie")
 
-    def _check_body(self, method: str, headers: dict[bytes, bytes]) -> int:
+    def _check_body(self, method: str, path: str, headers: dict[bytes, bytes]) -> int:
         if method in ("GET", "HEAD", "DELETE"):
             return 0
         media_type = headers.get(b"content-type", b"").decode("latin-1").split(";")[0].strip().lower()
-        if media_type != "application/json":
+        # Some of Ollama's clients send no type at all; no browser sends such a request without one of these headers.
+        is_untyped = b"content-type" not in headers and path.startswith("/api/") and not FROM_BROWSERS & headers.keys()
+        if media_type != "application/json" and not is_untyped:
             raise InvalidRequest(
                 f"header Content-Type is '{media_type[:80]}'. Expected application/json.", param="Content-Type"
             )

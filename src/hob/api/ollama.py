@@ -174,7 +174,7 @@ def _message(message: OllamaMessage) -> Message:
         for call in message.tool_calls or []
     ]
     return Message(
-        role=message.role,  # type: ignore[arg-type]
+        role=message.role,
         content=message.content or (None if calls else ""),
         tool_calls=calls or None,
         tool_call_id=message.tool_call_id or message.tool_name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from hob.api.schema import Body, Tool
 
@@ -70,7 +70,7 @@ class MadeCall(Body, kw_only=True):
 class OllamaMessage(Body, kw_only=True):
     """One turn."""
 
-    role: str
+    role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     tool_calls: list[MadeCall] | None = None
     tool_name: str | None = None
