@@ -5,9 +5,9 @@ python benchmarks/load.py --model smollm2-135m [--clients 200] [--seconds 300] [
 So many programs stream chat replies without pause, each over a connection of its own that it keeps, as OpenAI's clients
 do (--close: a new one for each request); a request is dropped when its stream does not end as it should, with a finish
 reason and [DONE]. The CPU time is that of the API process; the engine is another process. Two loads tell requests and
-tokens apart: replies of --tokens tokens for most of the time, then of a quarter of that. With r seconds a request and t a
-token,  cpu = r x requests + t x tokens  in both. Both loads stream: between two steps of many streams the engine empties
-all caches, and a request that is handled then costs more than one among replies of a single token.
+tokens apart: replies of --tokens tokens for most of the time, then of a quarter of that. With r seconds a request and t
+a token,  cpu = r x requests + t x tokens  in both. Both loads stream: between two steps of many streams the engine
+empties all caches, and a request that is handled then costs more than one among replies of a single token.
 """
 
 from __future__ import annotations
