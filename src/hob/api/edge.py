@@ -27,8 +27,9 @@ log = logging.getLogger("hob.api")
 
 ALLOWED_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 CLIENT_GONE = 499
-FROM_BROWSERS = {b"origin", b"referer", b"sec-fetch-site", b"sec-fetch-mode", b"cookie"}
 """Status in the log of a request whose client left before the reply."""
+FROM_BROWSERS = {b"origin", b"referer", b"sec-fetch-site", b"sec-fetch-mode", b"cookie"}
+"""Headers of which a browser sends one at least with what a page makes it post."""
 
 
 class NoSession(PermissionDenied):
