@@ -248,6 +248,19 @@ def test_the_queue_of_copies_is_bounded(tmp_path: Path) -> None:
     world.swap.close()
 
 
+def test_a_context_deleted_while_it_is_copied_leaves_its_place_in_the_queue(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    find = world.scheduler.placement.prefixes.find
+    for i in range(3):
+        world.add(f"r{i}", prompt(100, i), context=f"c{i}")
+        world.run(drain=False)
+        world.swap._copy_one(world.engine, find)  # what a short pause between two steps has time for
+        assert world.swap._queued_bytes == world.engine.block_bytes
+        world.swap.drop("app", f"c{i}")
+        assert world.swap._queued_bytes == 0
+    world.swap.close()
+
+
 def test_the_unfinished_block_is_taken_over_in_memory_once(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.turn("one", prompt(100, 1))

@@ -188,7 +188,9 @@ class Swap:
 
     def drop(self, app: str, context_id: str) -> None:
         """A context is deleted: forget what waits to be copied of it, then free its blocks."""
-        self._turns = [turn for turn in self._turns if (turn.app, turn.context_id) != (app, context_id)]
+        forgotten = [turn for turn in self._turns if (turn.app, turn.context_id) == (app, context_id)]
+        self._turns = [turn for turn in self._turns if turn not in forgotten]
+        self._count_queued(-sum(len(turn.blocks) for turn in forgotten) * self.store.block_bytes)
         self._submit(lambda: self.store.drop(app, [context_id]))
 
     def drain(self, memory: BlockMemory, find: Find) -> None:
