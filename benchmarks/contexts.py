@@ -73,7 +73,7 @@ class Host:
         self.engine.open_pool(num_blocks)
         ring = KeyRing(self.folder / "keys", {})
         if has_disk:
-            codec = Codec(self.engine.kv_shape) if self.engine.kv_shape is not None else None
+            codec = Codec(self.engine.kv_shape)
             store = BlockStore(self.folder / "kv", "benchmark", self.engine.block_bytes, ring, DISK_BYTES, codec=codec)
             self.swap = Swap(store)
         config = SchedulerConfig(prefix_cache=has_prefix_cache)

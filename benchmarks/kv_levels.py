@@ -69,8 +69,6 @@ class Scorer:
         self.num_context_blocks = num_context // BLOCK_SIZE
         self.num_blocks = -(-(num_context + num_scored) // BLOCK_SIZE)
         self.engine.open_pool(self.num_blocks)
-        if self.engine.kv_shape is None:
-            raise SystemExit("kv_type is q8, which cannot have fewer bits: unset HOB_KV_TYPE")
         self.codec = Codec(self.engine.kv_shape)
 
     def compute(self, ids: list[int]) -> list[float]:

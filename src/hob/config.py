@@ -67,9 +67,9 @@ class EngineConfig:
     """Compute threads. 0: one per available core."""
     weights: str = "copy"
     """'copy' reads the packed file into huge pages; 'map' maps it, shared with other processes and slower."""
-    kv_type: str = "f16"
+    kv_type: str = "auto"
     """Keys and values in memory and on disk: 'f16', or 'q8', 8 bits with a scale for each token and head, which takes
-    half as much."""
+    half as much. 'auto': q8 where attention counts in whole numbers (avx512, amx) and keys have no biases, else f16."""
     watchdog_s: float = 60.0
     """A step that takes longer hangs: the engine process is replaced."""
     adapters: str = ""
@@ -320,7 +320,7 @@ def _check(config: Config) -> None:
     choices = {
         "isa": (config.engine.isa, ("auto", "portable", "avx2", "avx512", "amx")),
         "weights": (config.engine.weights, ("copy", "map")),
-        "kv_type": (config.engine.kv_type, ("f16", "q8")),
+        "kv_type": (config.engine.kv_type, ("auto", "f16", "q8")),
         "speculation": (config.scheduler.speculation, ("auto", "off")),
         "host": (config.server.host, ("127.0.0.1", "::1", "localhost")),
     }

@@ -100,7 +100,8 @@ def memory_max(config: Config) -> int:
 
     path = Catalog(config.models_dir).resolve(config.engine.model)
     with open_gguf(path) as gguf:
-        kv_bytes = config.memory.kv_tokens * read_network(gguf).kv_bytes_per_token(config.engine.kv_type)
+        kv_type = "q8" if config.engine.kv_type == "q8" else "f16"  # what 'auto' becomes is up to the CPU: the larger
+        kv_bytes = config.memory.kv_tokens * read_network(gguf).kv_bytes_per_token(kv_type)
     return 2 * path.stat().st_size + kv_bytes + SPARE_BYTES
 
 

@@ -63,7 +63,7 @@ class EngineRunner:
     """`engine/local.py`."""
 
     def __init__(self, packed_path: Path, isa: str) -> None:
-        config = EngineConfig(isa=isa, threads=2)
+        config = EngineConfig(isa=isa, threads=2, kv_type="f16")
         self.engine = LocalEngine("parity", packed_path, config, max_rows=NUM_BLOCKS * BLOCK_SIZE)
         self.engine.open_pool(NUM_BLOCKS)
 

@@ -14,7 +14,8 @@ from tests.unit.test_scheduler import prompt, solo
 from tests.unit.test_swap import World, restored
 
 from hob.errors import StorageError
-from hob.kvcache.compression import EXACT, LEVELS, Codec, KvShape, levels_of, stored_share
+from hob.kvcache.compression import EXACT, LEVELS, Codec, levels_of, stored_share
+from hob.kvcache.formats import KvShape, format_of
 from hob.kvcache.keys import KeyRing
 from hob.kvcache.store import BlockStore
 from hob.request import Request, SamplingParams
@@ -72,15 +73,51 @@ def test_constant_blocks_stay_as_they_are() -> None:
 def test_fewer_bits_take_less() -> None:
     sizes = [Codec(KvShape(30, 3, 64)).num_bytes(bits) for bits in LEVELS]
     assert sizes == [368_640, 213_120, 120_960, 74_880]
+    assert Codec(KvShape(30, 3, 64, "q8")).num_bytes(EXACT) == 190_080
 
 
+@pytest.mark.parametrize("kv_type", ["f16", "q8"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_what_a_context_is_taken_for_is_near_what_it_takes(head_dim: int) -> None:
-    codec, num_blocks = Codec(KvShape(4, 2, head_dim)), 100
+def test_what_a_context_is_taken_for_is_near_what_it_takes(head_dim: int, kv_type: str) -> None:
+    codec, num_blocks = Codec(KvShape(4, 2, head_dim, kv_type)), 100
     for bits in (16, 8, 4, 3):
-        taken = sum(map(codec.num_bytes, levels_of(bits, [i / 100 for i in range(num_blocks)], num_blocks)))
+        taken = sum(map(codec.num_bytes, codec.levels(bits, [i / 100 for i in range(num_blocks)], num_blocks)))
         exact = num_blocks * codec.num_bytes(16)
-        assert taken <= stored_share(bits) * exact <= 1.1 * taken
+        assert taken <= stored_share(bits, kv_type) * exact <= 1.1 * taken
+
+
+@pytest.mark.parametrize("dim", [7, 32, 64, 80])
+def test_both_ways_to_lie_hold_the_same_values(dim: int) -> None:
+    """What one format loads the other stores: in q8 to half a code, and from then on with no loss."""
+    halves, codes = format_of(KvShape(2, 3, dim)), format_of(KvShape(2, 3, dim, "q8"))
+    rng = np.random.default_rng(dim)
+    block = rng.standard_normal(halves.num_bytes // 2).astype(np.float16).tobytes()
+    keys, values = halves.load(block)
+    back = bytearray(len(block))
+    halves.store(keys, values, memoryview(back))
+    assert back == block
+    out = bytearray(codes.num_bytes)
+    codes.store(keys, values, memoryview(out))
+    loaded = codes.load(out)
+    for x, y, axis in ((keys, loaded[0], 2), (values, loaded[1], 3)):
+        largest = np.abs(x).max(axis=axis, keepdims=True)
+        assert (np.abs(x - y) <= 0.51 * largest / 127).all()
+    again = bytearray(codes.num_bytes)
+    codes.store(*loaded, memoryview(again))
+    assert np.allclose(codes.load(again)[0], loaded[0], rtol=0.02, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_codes_of_8_bits_lose_bits_as_halves_do(bits: int) -> None:
+    shape = KvShape(L, H, D, "q8")
+    form, codec, fine = format_of(shape), Codec(shape), format_of(SHAPE)
+    block, coded = values(3), bytearray(form.num_bytes)
+    form.store(*fine.load(block.tobytes()), memoryview(coded))
+    out = bytearray(form.num_bytes)
+    codec.decode(codec.encode(coded, bits), bits, memoryview(out))
+    there = fine.load(there_and_back(block, bits).tobytes())
+    for ours, theirs, exact in zip(form.load(out), there, fine.load(block.tobytes()), strict=True):
+        assert np.abs(ours - exact).mean() < 1.1 * np.abs(theirs - exact).mean()
 
 
 # ---- who gets how many ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from tests.tiny import TinyShape, write_tiny_gguf
 
 from hob.config import EngineConfig
 from hob.engine.footprint import sizes_of
-from hob.engine.local import LocalEngine
+from hob.engine.local import LocalEngine, choose_kv_type
 from hob.models.pack import ensure_packed
+from hob.models.packed_file import open_packed
 
 SHAPES = {
     "tiny": TinyShape(),
@@ -30,3 +32,15 @@ def test_the_estimate_holds(tmp_path: Path, name: str, threads: int, kv_type: st
     assert engine.info.weight_bytes <= sizes.weight_bytes < engine.info.weight_bytes + 65536
     engine.open_pool(4)  # which holds its own figure against the engine's
     assert (engine.block_bytes, engine.page_bytes) == (sizes.block_bytes, sizes.page_bytes)
+
+
+def test_kv_is_kept_in_8_bits_where_that_is_faster_and_keys_have_no_biases(tmp_path: Path) -> None:
+    network = open_packed(ensure_packed(write_tiny_gguf(tmp_path / "tiny.gguf"))).network
+    assert {isa: choose_kv_type("auto", isa, network)[0] for isa in ("portable", "avx2", "avx512", "amx")} == {
+        "portable": "f16",
+        "avx2": "f16",
+        "avx512": "q8",
+        "amx": "q8",
+    }
+    assert choose_kv_type("f16", "amx", network) == ("f16", "asked for")
+    assert choose_kv_type("auto", "amx", dataclasses.replace(network, qkv_bias=True))[0] == "f16"

@@ -35,7 +35,6 @@ class World:
         ring = KeyRing(self.folder / "keys", {})
         self.engine = FakeEngine(cost=CostModel(), sleep=self.clock.sleep)
         self.engine.open_pool(self.num_blocks)
-        assert self.engine.kv_shape is not None
         codec = Codec(self.engine.kv_shape)
         store = BlockStore(self.folder / "kv", "fake", self.engine.block_bytes, ring, 1 << 30, codec=codec)
         self.swap = Swap(store, is_threaded=self.is_threaded)

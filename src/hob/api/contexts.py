@@ -84,12 +84,6 @@ async def create(call: Call, raw: bytes) -> Response:
     """A new, empty context."""
     body = parse_body(raw, CreateRequest)
     model = await call.use_model(body.model)
-    if body.kv_bits != 16 and model.kv_type != "f16":
-        raise InvalidRequest(
-            f"field 'kv_bits' is {body.kv_bits}, but KV is kept as '{model.kv_type}' in memory (setting 'kv_type'), "
-            "which goes to disk as it lies. Expected 16.",
-            param="kv_bits",
-        )
     opening = plain_messages(body.messages) if body.messages else []
     if opening:
         call.services.chat.encode(opening)  # refuse now what the template would refuse later

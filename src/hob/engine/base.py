@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hob.kvcache.compression import KvShape
+from hob.kvcache.formats import KvShape
 from hob.kvcache.pool import BLOCK_SIZE as BLOCK_SIZE
 from hob.messages import ModelInfo
 from hob.request import Sampled as Sampled
@@ -138,8 +138,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def kv_shape(self) -> KvShape | None:
-        """What a block consists of. None: not of float16, so that it cannot have fewer bits on disk."""
+    def kv_shape(self) -> KvShape:
+        """What a block consists of."""
         ...
 
     @property

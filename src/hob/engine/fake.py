@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hob.engine.base import BLOCK_SIZE, Batch, Draw, Out, Sampled, Scores, StepInfo
 from hob.errors import InternalError
-from hob.kvcache.compression import KvShape
+from hob.kvcache.formats import KvShape
 from hob.messages import ModelInfo
 
 NUM_LAYERS = 10
@@ -104,7 +104,7 @@ class FakeEngine:
         )
         self.max_rows = max_rows
         self.block_bytes = BLOCK_SIZE * 8
-        self.kv_shape: KvShape | None = KvShape(1, 1, 2)
+        self.kv_shape = KvShape(1, 1, 2)
         self.page_bytes = 4 * self.block_bytes
         self.scratch_bytes = 0
         self.num_steps = 0

@@ -13,7 +13,7 @@ from hob import native
 from hob.config import EngineConfig
 from hob.engine.adapters import find_adapters, loaded_bytes, read_adapter
 from hob.engine.base import BLOCK_SIZE
-from hob.engine.local import num_usable_cores
+from hob.engine.local import choose_isa, choose_kv_type, num_usable_cores
 from hob.errors import ModelFileError
 from hob.models.network import Network
 from hob.models.packed_file import open_packed
@@ -45,10 +45,11 @@ def sizes_of(name: str, packed_path: str, config: EngineConfig, max_rows: int, m
     """From the packed file's header, and what the model's adapters hold. Raises ModelFileError."""
     packed = open_packed(Path(packed_path))
     num_threads = config.threads or num_usable_cores()
+    kv_type, _ = choose_kv_type(config.kv_type, choose_isa(config.isa)[0], packed.network)
     return EngineSizes(
         weight_bytes=packed.total_bytes - packed.data_offset + _adapter_bytes(name, packed.network, config),
         scratch_bytes=scratch_bytes(packed.network, max_rows, max_logits, num_threads),
-        block_bytes=packed.network.kv_bytes_per_token(config.kv_type) * BLOCK_SIZE,
+        block_bytes=packed.network.kv_bytes_per_token(kv_type) * BLOCK_SIZE,
         page_bytes=native.KvPool.page_bytes,
     )
 

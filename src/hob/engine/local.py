@@ -19,8 +19,9 @@ from hob.config import EngineConfig
 from hob.engine.adapters import digest_of, find_adapters, read_adapter
 from hob.engine.base import BLOCK_SIZE, Batch, Draw, Sampled, Scores, StepInfo
 from hob.errors import InternalError, ModelFileError, Overloaded
-from hob.kvcache.compression import KvShape
+from hob.kvcache.formats import KvShape
 from hob.messages import ModelInfo
+from hob.models.network import Network
 from hob.models.pack import Packed, open_packed
 
 log = logging.getLogger("hob.engine")
@@ -37,6 +38,21 @@ def choose_isa(wanted: str) -> tuple[str, str]:
     if wanted not in available:
         raise ModelFileError(f"isa '{wanted}' is asked for, but this CPU has {', '.join(available)}. Use HOB_ISA=auto.")
     return wanted, "asked for"
+
+
+def choose_kv_type(wanted: str, isa: str, network: Network) -> tuple[str, str]:
+    """How keys and values are kept, and why.
+
+    Where attention counts in whole numbers 8 bits are as good to within what can be measured (docs/results.md), faster
+    and half as large. Biases make some channels of the keys large throughout, which one scale for a head does not suit.
+    """
+    if wanted != "auto":
+        return wanted, "asked for"
+    if isa not in ("avx512", "amx"):
+        return "f16", f"auto: on {isa} 8 bits would be slower"
+    if network.qkv_bias:
+        return "f16", "auto: this model's keys have biases"
+    return "q8", "auto: half as large as f16, and faster"
 
 
 def num_usable_cores() -> int:
@@ -70,18 +86,18 @@ class LocalEngine:
         except ValueError as error:
             raise ModelFileError(f"{packed_path}: {error}") from error
         self._network = packed.network
-        self._kv_type = config.kv_type
+        self._kv_type, kv_reason = choose_kv_type(config.kv_type, isa, packed.network)
+        log.info("%s: KV as %s (%s)", name, self._kv_type, kv_reason)
         self._workspace = native.Workspace(self._model, max_rows)
         self._pool: native.KvPool | None = None
         self.max_rows = max_rows
         self.adapters: dict[str, int] = {}
-        self.info = _describe(name, packed, self._model.weight_bytes, isa, reason, num_threads, config.kv_type)
+        self.info = _describe(name, packed, self._model.weight_bytes, isa, reason, num_threads, self._kv_type)
         if config.adapters:
             self._load_adapters(Path(config.adapters) / name)
         self.block_bytes = self.info.kv_bytes_per_token * BLOCK_SIZE
         net = packed.network
-        shape = KvShape(net.num_layers, net.num_kv_heads, net.head_dim)
-        self.kv_shape = shape if config.kv_type == "f16" else None
+        self.kv_shape = KvShape(net.num_layers, net.num_kv_heads, net.head_dim, self._kv_type)
         self.page_bytes = native.KvPool.page_bytes
         unused_rows = max(max_rows - max_logits, 0)
         self.scratch_bytes = self._workspace.num_bytes - 4 * self.info.vocab_size * unused_rows

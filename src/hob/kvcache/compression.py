@@ -16,14 +16,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hob.kvcache.formats import KvShape, format_of
 from hob.kvcache.pool import BLOCK_SIZE
 
 EXACT = 16
+"""As it lies in memory, whatever that is: of KV kept in 8 bits, what asks for 8 is exact."""
+VALUE_BITS = {"f16": 16, "q8": 8}
+"""By kv_type: bits of a value in memory."""
 LEVELS = (16, 8, 4, 2)
 """Bits of a value that a block may have."""
 MIXED = 3
@@ -31,19 +34,10 @@ MIXED = 3
 SHARES = (0.05, 0.5)
 """Of MIXED: of the blocks that get 8, and 8 or 4. The first block is looked at most, by every row (attention sinks)."""
 
-SCALES_SHARE = 0.08
-"""Of a block as it is, what its scales take: 4 bytes for each 16 keys and for each 64 values or more (a head)."""
+SCALES_BITS = 1.3
+"""What scales add to a value: 4 bytes for each 16 keys and for each 64 values or more (a head)."""
 
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class KvShape:
-    """What a block holds: for each layer keys (heads, head_dim, 16), then values (heads, 16, head_dim), float16."""
-
-    num_layers: int
-    num_heads: int
-    head_dim: int
 
 
 def levels_of(
@@ -61,13 +55,14 @@ def levels_of(
     return levels
 
 
-def stored_share(kv_bits: int) -> float:
-    """What a context that asks for so many bits takes on disk, beside one that is kept as it is. 4: 0.33."""
-    if kv_bits == EXACT:
+def stored_share(kv_bits: int, kv_type: str) -> float:
+    """What a context that asks for so many bits takes on disk, beside one that is kept as it is. 4: 0.33 of 'f16'."""
+    value_bits = VALUE_BITS[kv_type]
+    if kv_bits >= value_bits:
         return 1.0
     densest, dense = SHARES
     mean = kv_bits if kv_bits != MIXED else 8 * densest + 4 * (dense - densest) + 2 * (1 - dense)
-    return mean / EXACT + SCALES_SHARE
+    return (mean + SCALES_BITS) / value_bits
 
 
 class Codec:
@@ -75,6 +70,7 @@ class Codec:
 
     def __init__(self, shape: KvShape) -> None:
         self._shape = shape
+        self._format = format_of(shape)
         pairs = shape.num_layers * shape.num_heads
         self._num_values = pairs * BLOCK_SIZE * shape.head_dim
         """Of the keys, and of the values."""
@@ -82,14 +78,19 @@ class Codec:
 
     def num_bytes(self, bits: int) -> int:
         """Of a block."""
-        scales = 0 if bits == EXACT else 4 * (self._num_key_scales + self._num_value_scales)
-        return 2 * self._num_values * bits // 8 + scales
+        if bits == EXACT:
+            return self._format.num_bytes
+        return 2 * self._num_values * bits // 8 + 4 * (self._num_key_scales + self._num_value_scales)
+
+    def levels(self, kv_bits: int, density: Sequence[float], num_blocks: int) -> list[int]:
+        """Bits for each block of a context. As many as a value has in memory, or more: the block stays as it is."""
+        return [bits if bits < self._format.bits else EXACT for bits in levels_of(kv_bits, density, num_blocks)]
 
     def encode(self, block: bytes | memoryview, bits: int) -> bytes:
         """A block with fewer bits."""
-        parts = self._groups(np.frombuffer(block, np.float16))
-        key_scales, key_codes = _quantise(parts[0].astype(np.float32), bits)
-        value_scales, value_codes = _quantise(parts[1].astype(np.float32), bits)
+        keys, values = self._format.load(block)
+        key_scales, key_codes = _quantise(keys.reshape(-1, BLOCK_SIZE), bits)
+        value_scales, value_codes = _quantise(values.reshape(-1, self._shape.head_dim), bits)
         codes = np.concatenate([key_codes.ravel(), value_codes.ravel()]).reshape(8 // bits, -1)
         packed = codes[0].copy()
         for i in range(1, len(codes)):
@@ -107,15 +108,13 @@ class Codec:
         for i in range(len(codes)):
             np.bitwise_and(packed >> (bits * i), (1 << bits) - 1, out=codes[i])
         keys, values = codes.reshape(2, -1)
-        target = np.frombuffer(out, np.float16).reshape(self._shape.num_layers, 2, -1)
+        heads = (self._shape.num_layers, self._shape.num_heads)
         with np.errstate(invalid="ignore", over="ignore"):
-            target[:, 0] = _restored(key_scales, keys).reshape(self._shape.num_layers, -1)
-            target[:, 1] = _restored(value_scales, values).reshape(self._shape.num_layers, -1)
-
-    def _groups(self, values: NDArray[np.float16]) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-        """Keys (n, 16) and values (n, head_dim): what shares a scale."""
-        by_layer = values.reshape(self._shape.num_layers, 2, -1)
-        return by_layer[:, 0].reshape(-1, BLOCK_SIZE), by_layer[:, 1].reshape(-1, self._shape.head_dim)
+            self._format.store(
+                _restored(key_scales, keys).reshape(*heads, -1, BLOCK_SIZE),
+                _restored(value_scales, values).reshape(*heads, BLOCK_SIZE, -1),
+                out,
+            )
 
 
 def _quantise(x: Floats, bits: int) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:

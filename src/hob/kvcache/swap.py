@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from hob.errors import HobError
-from hob.kvcache.compression import EXACT, levels_of
+from hob.kvcache.compression import EXACT
 from hob.kvcache.pool import BLOCK_SIZE
 from hob.kvcache.second_level import BlockMemory, Find, Key, Leave, Load, TurnEnd
 from hob.kvcache.store import BlockStore, Piece
@@ -122,8 +122,10 @@ class Swap:
     def turn_ended(self, end: TurnEnd) -> None:
         """See SecondLevel. A block that gets less attention than before is written anew, with fewer bits."""
         every = end.keys if end.tail is None else [*end.keys, end.tail]
-        bits = end.kv_bits if self.store.codec is not None else EXACT
-        levels = {} if bits == EXACT else dict(zip(end.keys, levels_of(bits, end.density, len(end.keys)), strict=True))
+        bits, codec = end.kv_bits, self.store.codec
+        levels: dict[Key, int] = {}
+        if bits != EXACT and codec is not None:
+            levels = dict(zip(end.keys, codec.levels(bits, end.density, len(end.keys)), strict=True))
         dirty = self.store.missing(end.app, every, levels)
         self._turns.append(_Turn(end.app, end.context_id, every, end.tail, dirty, bits, levels))
 

@@ -57,9 +57,8 @@ def open_disk(
     try:
         keys = KeyRing(Path(spec.keys_dir))
         fingerprint = fingerprint_of(engine, packed_path)
-        codec = Codec(engine.kv_shape) if engine.kv_shape is not None else None
         where = folder / f"kv-{fingerprint}"
-        store = BlockStore(where, fingerprint, engine.block_bytes, keys, spec.max_bytes, codec=codec)
+        store = BlockStore(where, fingerprint, engine.block_bytes, keys, spec.max_bytes, codec=Codec(engine.kv_shape))
         store.reconcile(live_contexts(folder))
         _remove_stale(folder, fingerprint)
     except (HobError, OSError) as error:

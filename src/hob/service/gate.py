@@ -40,8 +40,9 @@ class GatedBackend:
         request.weight = grant.weight
         if request.context_id is not None and self._contexts is not None and grant.rules.context_bytes is not None:
             records = await asyncio.to_thread(self._contexts.records, request.app)
-            num_exact = sum(record.num_tokens * stored_share(record.facts.kv_bits) for record in records)
-            grant.check_context_bytes(int(num_exact * self._backend.model.kv_bytes_per_token))
+            model = self._backend.model
+            num_exact = sum(r.num_tokens * stored_share(r.facts.kv_bits, model.kv_type) for r in records)
+            grant.check_context_bytes(int(num_exact * model.kv_bytes_per_token))
         if request.service_class is ServiceClass.BACKGROUND:
             await self._conditions.clear()
 
