@@ -334,6 +334,11 @@ WRONG = {
         "attn_logit_softcapping is 50.0. Expected none",
     ),
     "capped head": (set_key("llama.final_logit_softcapping", 30.0, "FLOAT32"), "final_logit_softcapping is 30.0"),
+    "window": (
+        set_key("llama.attention.sliding_window", 63, "UINT32"),
+        "sliding_window is 63. Expected none, 0, or at least the context's 64: .*change the answers. Windows of gemma3",
+    ),
+    "window as text": (set_key("llama.attention.sliding_window", "all", "STRING"), "sliding_window is 'all'. Expected"),
     "experts": (set_key("llama.expert_count", 8, "UINT32"), "expert_count"),
     "tokens": (set_key("tokenizer.ggml.tokens", ["x"] * 11, "ARRAY"), "10 rows. Expected 11"),
     "incomplete": (lambda out: None, r"no tensor '.*' .*incomplete"),
@@ -344,6 +349,22 @@ WRONG = {
 def test_wrong_models_are_refused(tmp_path: Path, case: str) -> None:
     change, message = WRONG[case]
     with open_gguf(damaged_model(tmp_path, change)) as file, pytest.raises(ModelFileError, match=message):
+        read_network(file)
+
+
+@pytest.mark.parametrize(("family", "window"), [("llama", 0), ("llama", 64), ("qwen2", 1000), ("gemma3", 8)])
+def test_a_window_that_hides_nothing_or_is_computed_is_taken(tmp_path: Path, family: str, window: int) -> None:
+    """Nothing but the tensors is missed then."""
+    change = set_key(f"{family}.attention.sliding_window", window, "UINT32")
+    path = damaged_model(tmp_path, change, name=family)
+    with open_gguf(path) as file, pytest.raises(ModelFileError, match="no tensor '.*' .*incomplete"):
+        read_network(file)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_of_other_families_is_refused(tmp_path: Path, family: str) -> None:
+    path = damaged_model(tmp_path, set_key(f"{family}.attention.sliding_window", 8, "UINT32"), name=family)
+    with open_gguf(path) as file, pytest.raises(ModelFileError, match=f"{family}.attention.sliding_window is 8"):
         read_network(file)
 
 

@@ -54,6 +54,7 @@ def read_network(gguf: GgufFile) -> Network:
     keys = _Keys(gguf, str(gguf.metadata["general.architecture"]))
     common = _read_common(keys)
     network = replace(common, **architecture.features(keys, common))
+    _check_window(keys, network)
     _check_tensors(gguf, expected_shapes(network))
     return network
 
@@ -193,6 +194,14 @@ def _experts(keys: _Keys, network: Network) -> Fields:
         "num_active_experts": keys.integer("expert_used_count", 1, most=count),
         "expert_ffn_size": size,
     }
+
+
+def _check_window(keys: _Keys, network: Network) -> None:
+    """Raises where a family without sliding layers here is given a window. One as long as the context hides nothing."""
+    name, context = "attention.sliding_window", network.context_length
+    if not network.sliding_window and 0 < (window := keys.integer(name, 0, 0)) < context:
+        expected = f"none, 0, or at least the context's {context}: in {keys.prefix} every row sees all before it here"
+        raise keys.fail(name, window, f"{expected}, which would change the answers. Windows of gemma3 are computed")
 
 
 def _sliding_layers(keys: _Keys, num_layers: int, default_period: int) -> list[bool]:
