@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hob.config import load_config
+from hob.config import SchedulerConfig, load_config
 from hob.engine.base import Out
 from hob.engine.local import LocalEngine
 from hob.models.gguf import open_gguf
 from hob.models.pack import Packed, ensure_packed, open_packed
 from hob.models.tokenizer import Tokenizer
 from hob.native import reference
+from hob.request import Request, SamplingParams
+from hob.scheduler.scheduler import Scheduler
+from hob.scheduler.speculation import Speculation
+from hob.service.step import run_step
 from tests.model.runners import batch_of
 
 pytestmark = pytest.mark.weights
@@ -104,3 +108,45 @@ def test_it_goes_on_in_english(engine: LocalEngine, default_gguf: Path) -> None:
     assert engine.forward(batch_of(ids, blocks=list(range(WINDOW // 16)))).is_done
     likeliest = tokenizer.decode([int(engine.logits()[-1].argmax())])
     assert likeliest == " Paris"
+
+
+CODE = """def largest(items):
+    found = items[0]
+    for item in items:
+        if item > found:
+            found = item
+    return found
+
+
+def smallest(items):
+    found = items[0]
+    for item in items:
+"""
+
+
+def replies(engine: LocalEngine, speculation: str, prompt: list[int]) -> tuple[dict[str, list[int]], int, int]:
+    """Greedy and drawn ones side by side, true guesses, and wrong ones."""
+    info = engine.info
+    scheduler = Scheduler(SchedulerConfig(speculation=speculation), WINDOW // 16, info.context_length, info.vocab_size)
+    for name, temperature in (("greedy", 0.0), ("drawn", 0.7)):
+        sampling = SamplingParams(max_tokens=40, temperature=temperature, seed=1)
+        scheduler.add(Request(name, "app", prompt, sampling=sampling), 0.0)
+    said: dict[str, list[int]] = {"greedy": [], "drawn": []}
+    while (outputs := run_step(engine, scheduler, lambda: 0.0)) is not None:
+        for output in outputs:
+            assert output.error is None
+            said[output.request_id] += output.token_ids
+    stats = scheduler.stats()
+    return said, stats.num_accepted_tokens, stats.num_drafted_tokens - stats.num_accepted_tokens
+
+
+def test_speculation_changes_no_token(engine: LocalEngine, default_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_gguf(default_gguf) as file:
+        prompt = Tokenizer(file.metadata).encode(CODE, add_bos=False)
+    off, *none = replies(engine, "off", prompt)
+    assert none == [0, 0]
+    monkeypatch.setattr(Speculation, "num_rows", lambda *_: 5)
+    auto, num_accepted, num_rejected = replies(engine, "auto", prompt)
+    assert auto == off
+    assert num_accepted > 5
+    assert num_rejected > 5
