@@ -96,16 +96,16 @@ class House:
         """One turn of the loop. False: there was nothing to compute."""
         self.residents.tick(self.clock.now)
         computed = self.stepper.step()
-        for output in [*(computed or []), *self.residents.outputs]:
+        for output in [*(computed or []), *self.residents.room.outputs]:
             self.outputs.setdefault(output.request_id, []).append(output)
             if output.token_ids:
                 self.times.setdefault(output.request_id, []).append(self.clock.now)
-        for message in self.residents.messages:
+        for message in self.residents.room.messages:
             if isinstance(message, Answer):
                 self.answers[message.call_id] = message
             else:
                 self.unloaded.append(message.name)  # type: ignore[union-attr]
-        self.residents.outputs, self.residents.messages = [], []
+        self.residents.room.outputs, self.residents.room.messages = [], []
         self.residents.check()
         self.peak_bytes = max(self.peak_bytes, self.ledger.reserved_bytes)
         return bool(computed)

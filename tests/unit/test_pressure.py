@@ -101,7 +101,7 @@ def test_relief_goes_stage_by_stage_and_no_request_is_ended(system: FakeSystem) 
     house.ask("running", "a", num_prompt=500, max_tokens=300)
     while not house.tokens("running"):
         house.step()
-    relief = Relief(house.residents, PressureMonitor(system.root))
+    relief = Relief(house.residents.room, PressureMonitor(system.root))
     now = house.clock.now
     relief.tick(now)
     before = house.ledger.reserved_bytes
@@ -110,7 +110,7 @@ def test_relief_goes_stage_by_stage_and_no_request_is_ended(system: FakeSystem) 
     relief.tick(now + 0.5)
     assert relief.stage == 0  # looks are a second apart
     relief.tick(now + 1)
-    assert (relief.stage, house.residents.pressure) == (1, "some")
+    assert (relief.stage, house.residents.room.pressure) == (1, "some")
     assert house.ledger.reserved_bytes < before
     assert house.loaded == {"a", "b"}
     relief.tick(now + 2)
@@ -121,9 +121,9 @@ def test_relief_goes_stage_by_stage_and_no_request_is_ended(system: FakeSystem) 
     assert house.loaded == {"a"}  # busy: it stays
     system.stall(0.0)
     relief.tick(now + 4)
-    assert house.residents.pressure == "some"
+    assert house.residents.room.pressure == "some"
     relief.tick(now + 4 + QUIET_S)
-    assert (relief.stage, house.residents.pressure) == (0, "none")
+    assert (relief.stage, house.residents.room.pressure) == (0, "none")
     house.run()
     assert house.tokens("running") == solo(500, 300)
 
@@ -132,7 +132,7 @@ def test_high_pressure_skips_the_first_stage(system: FakeSystem) -> None:
     house = House({"a": MB})
     house.ask("a", "a")
     house.run()
-    relief = Relief(house.residents, PressureMonitor(system.root))
+    relief = Relief(house.residents.room, PressureMonitor(system.root))
     system.stall(50.0)
     relief.tick(house.clock.now + 5)
     assert relief.stage == 2
@@ -147,8 +147,8 @@ def test_caches_go_before_contexts() -> None:
     prefixes = a.scheduler.placement.prefixes
     kept = list(prefixes._labels)[:20]
     prefixes.mark_context(kept)
-    house.residents.relieve(1)
+    house.residents.room.relieve(1)
     assert sorted(prefixes._labels) == sorted(kept)
-    house.residents.relieve(2)
+    house.residents.room.relieve(2)
     assert not prefixes._labels
     assert isinstance(a.engine, FakeEngine)

@@ -199,7 +199,7 @@ def test_kv_grows_with_what_is_wanted_and_is_given_back() -> None:
     house.run()
     most = house.ledger.held_by("a")["kv"]
     assert least < 3000 * 8 <= most
-    assert house.residents.relieve(1) >= most - least
+    assert house.residents.room.relieve(1) >= most - least
     assert "kv" not in house.ledger.held_by("a")
     house.ask("again", "a", num_prompt=3000)
     house.run()
@@ -281,7 +281,7 @@ def test_a_shrunk_budget_lets_running_requests_end_and_refuses_what_no_longer_fi
     assert house.ledger.reserved_bytes <= house.ledger.budget_bytes
     a = house.residents.get("a")
     assert a is not None
-    assert house.residents.info_of(a).context_length == a.pool.max_blocks * BLOCK_SIZE < 1700
+    assert house.residents.room.info_of(a).context_length == a.pool.max_blocks * BLOCK_SIZE < 1700
 
 
 def test_random_days_keep_the_ledger_under_the_budget() -> None:
@@ -299,12 +299,12 @@ def test_random_days_keep_the_ledger_under_the_budget() -> None:
         if rng.random() < 0.1:
             house.clock.sleep(rng.choice((1, 10, 400)))
         if rng.random() < 0.05:
-            house.residents.relieve(rng.randrange(1, 4))
+            house.residents.room.relieve(rng.randrange(1, 4))
     house.run(1000)
     for name, shape in asked.items():
         assert house.tokens(name) == solo(*shape), name
     assert house.peak_bytes <= BUDGET
-    assert house.residents.num_unloads > 4
+    assert house.residents.room.num_unloads > 4
 
 
 def test_a_block_that_is_given_back_while_it_counts_changes_replies() -> None:

@@ -116,7 +116,7 @@ class Loop:
         if residents.has_work:
             return STALLED_S if is_stalled else 0
         is_compiling = any(compiling.is_busy for compiling in self._compilings.values())
-        if is_compiling or residents.is_changing or residents.messages or residents.outputs:
+        if is_compiling or residents.is_changing or residents.room.messages or residents.room.outputs:
             return STALLED_S
         now = self._clock()
         due = [s for s in (residents.next_due_s(now), self._relief.next_due_s(now)) if s is not None]
@@ -141,13 +141,13 @@ class Loop:
         elif isinstance(message, LoadModel):
             residents.load(message.call_id, message.spec, now)
         elif isinstance(message, AskContexts):
-            residents.messages.append(Answer(message.call_id, contexts=self._context_kv(message)))
+            residents.room.messages.append(Answer(message.call_id, contexts=self._context_kv(message)))
         elif isinstance(message, UnloadModel | SetLease | SetBudget):
-            residents.messages.append(self._answer(message, now))
+            residents.room.messages.append(self._answer(message, now))
         return []
 
     def _compiling_of(self, model: str) -> Compiling:
-        return self._compilings.setdefault(model or self._residents.default, Compiling())
+        return self._compilings.setdefault(model or self._residents.room.default, Compiling())
 
     def _masks_of(self, model: str) -> Masks | None:
         compiling = self._compilings.get(model)
@@ -192,17 +192,17 @@ class Loop:
                 change_disk(resident.swap, message)
 
     def _stats(self) -> Stats:
-        stats = merged([*self._residents.retired, *map(stats_of, self._residents)])
+        stats = merged([*self._residents.room.retired, *map(stats_of, self._residents)])
         stats.memory = self._residents.stats(self._clock())
         return stats
 
     def _report(self, outputs: list[SequenceOutput]) -> None:
-        now, residents = self._clock(), self._residents
-        for message in residents.messages:
+        now, room = self._clock(), self._residents.room
+        for message in room.messages:
             self._inbox.send(message)
-        outputs = outputs + residents.outputs
-        is_due = now >= self._stats_due or not residents.has_work or bool(residents.messages)
-        residents.messages, residents.outputs = [], []
+        outputs = outputs + room.outputs
+        is_due = now >= self._stats_due or not self._residents.has_work or bool(room.messages)
+        room.messages, room.outputs = [], []
         if is_due:
             self._stats_due = now + STATS_INTERVAL_S
         if outputs or is_due:
@@ -244,9 +244,9 @@ def main(fd: int, spec: EngineSpec) -> None:
         inbox.send(Failed(name, str(error)))
         sys.exit(1)
     try:
-        info = residents.info_of(resident)
+        info = residents.room.info_of(resident)
         inbox.send(Ready(info, resident.pool.max_blocks, BLOCK_SIZE, time.monotonic() - start))
-        relief = Relief(residents, PressureMonitor())
+        relief = Relief(residents.room, PressureMonitor())
         Loop(inbox, residents, stepper, workers, relief, time.monotonic).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         log.info("the API process is gone; exiting")

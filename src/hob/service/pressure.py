@@ -5,7 +5,7 @@
                                        of our own group and of all above it
 
 Page cache that nobody writes to (inactive_file) does not count as used: the kernel takes it back by itself. All paths
-are under `root`, which tests replace. It reads and judges; what is done about it is `residents.relieve`.
+are under `root`, which tests replace. It reads and judges; what is done about it is `room.relieve`.
 """
 
 from __future__ import annotations

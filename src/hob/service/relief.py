@@ -12,7 +12,7 @@ import logging
 import select
 
 from hob.service.pressure import PressureMonitor, Reading
-from hob.service.residents import Residents
+from hob.service.room import Room
 
 log = logging.getLogger("hob.engine")
 
@@ -27,8 +27,8 @@ MAX_STAGE = 3
 class Relief:
     """Looks at the system now and then. Time is passed in."""
 
-    def __init__(self, residents: Residents, monitor: PressureMonitor) -> None:
-        self._residents = residents
+    def __init__(self, room: Room, monitor: PressureMonitor) -> None:
+        self._room = room
         self._monitor = monitor
         self._trigger_fd = monitor.arm()
         self._poll = select.poll()
@@ -55,12 +55,12 @@ class Relief:
         if reading.level == "none":
             if self.stage and now - self._quiet_since >= QUIET_S:
                 log.info("memory pressure is over")
-                self.stage, self._residents.pressure = 0, "none"
+                self.stage, self._room.pressure = 0, "none"
             return
         self._quiet_since = now
-        self._residents.pressure = reading.level
+        self._room.pressure = reading.level
         self.stage = min(max(self.stage + 1, 2 if reading.level == "high" else 1), MAX_STAGE)
-        freed = self._residents.relieve(self.stage)
+        freed = self._room.relieve(self.stage)
         log.warning("memory pressure, stage %d: %s; %d bytes given back", self.stage, reading.why, freed)
 
     def next_due_s(self, now: float) -> float | None:

@@ -60,7 +60,7 @@ class Stepper:
         self, resident: Resident, watch: Watch, masks: Masks | None, turn: Turn | None = None
     ) -> list[SequenceOutput] | None:
         scheduler = resident.scheduler
-        self._residents.provide(resident)
+        self._residents.room.provide(resident)
         config = scheduler.config
         if turn is not None:
             scheduler.config = limited(config, turn)
