@@ -80,7 +80,40 @@ class Trial : public Chain {
   std::vector<Own> own_;
 };
 
+// Jobs that are over in no time.
+class Short : public Chain {
+ public:
+  explicit Short(int num_jobs) : num_jobs_(num_jobs) {}
+  Job next(int) override {
+    if (num_jobs_-- <= 0) return {};
+    return {4, nullptr, [](void*, int, int) {}};
+  }
+
+ private:
+  int num_jobs_;
+};
+
 }  // namespace
+
+int pool_attendance(int num_threads, int num_chains) {
+  ThreadPool pool(num_threads);
+  pool.late_once_in = 7;
+  for (int i = 0; i < num_chains; ++i) {
+    Short chain(1 + i % 4);
+    pool.run(chain);
+    std::this_thread::sleep_for(std::chrono::microseconds(20 * (i % 8)));  // some fall asleep, some are about to
+  }
+  pool.late_once_in = 0;
+  std::atomic<uint64_t> there{0};
+  const int64_t end = now_ns() + 5'000'000'000;
+  const auto count = [&] { return __builtin_popcountll(there.load()); };
+  auto meet = [&](int, int thread) {
+    there.fetch_or(uint64_t{1} << thread);
+    while (count() < num_threads && now_ns() < end) std::this_thread::yield();
+  };
+  pool.run(num_threads, meet);
+  return count();
+}
 
 TrialResult pool_trial(int num_threads, int num_jobs, int num_pieces, int num_late) {
   return Trial(num_threads, num_jobs, num_pieces, num_late).run();

@@ -12,4 +12,7 @@ using TrialResult = std::pair<std::vector<uint32_t>, int64_t>;  // the values, a
 // `num_late` times a thread sleeps for 20 ms in the middle of a piece.
 TrialResult pool_trial(int num_threads, int num_jobs, int num_pieces, int num_late);
 
+// How many threads are still there after chains of short jobs with pauses, in which threads fall asleep and come late.
+int pool_attendance(int num_threads, int num_chains);
+
 }  // namespace hob

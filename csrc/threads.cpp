@@ -133,7 +133,7 @@ void ThreadPool::run_jobs(Chain& chain) {
     const uint64_t seen = turn_.load(std::memory_order_acquire);
     if (state_of(seen) == kOver) return;
     if (state_of(seen) == kOpen) take_part(seen, 0);
-    wait_for_change(seen);
+    wait_for_change(seen, 0);
   }
 }
 
@@ -143,7 +143,7 @@ void ThreadPool::loop(int thread) {
     const uint64_t seen = turn_.load(std::memory_order_seq_cst);
     if (is_ending_.load(std::memory_order_seq_cst)) return;
     if (state_of(seen) == kOpen) take_part(seen, thread);
-    wait_for_change(seen);
+    wait_for_change(seen, thread);
   }
 }
 
@@ -266,17 +266,36 @@ void ThreadPool::open_next(uint64_t turn, int thread) {
   change_turn(next);
 }
 
+// Wakes those that sleep through an earlier turn, each once. Whoever comes here late, its core taken away behind the
+// store, leaves those alone that sleep through a later one: waking them would bring nothing, and they would be left out
+// when that one ends.
 void ThreadPool::change_turn(uint64_t turn) {
   turn_.store(turn, std::memory_order_seq_cst);
-  if (num_sleeping_.load(std::memory_order_seq_cst) > 0 && num_sleeping_.exchange(0, std::memory_order_seq_cst) > 0)
-    turn_.notify_all();
+  if (late_once_in > 0) come_late();
+  if (num_sleeping_.load(std::memory_order_seq_cst) == 0) return;
+  bool is_one_asleep = false;
+  for (Lane& lane : lanes_) {
+    uint64_t through = lane.sleeps_through.load(std::memory_order_seq_cst);
+    if (through < turn && lane.sleeps_through.compare_exchange_strong(through, kAwake, std::memory_order_seq_cst))
+      is_one_asleep = true;
+  }
+  if (is_one_asleep) turn_.notify_all();
 }
 
-void ThreadPool::wait_for_change(uint64_t seen) {
+void ThreadPool::come_late() {
+  if (num_changes_.fetch_add(1, std::memory_order_relaxed) % late_once_in == 0)
+    std::this_thread::sleep_for(std::chrono::nanoseconds(6 * kSpinNs));
+}
+
+void ThreadPool::wait_for_change(uint64_t seen, int thread) {
   const auto has_changed = [&] { return turn_.load(std::memory_order_acquire) != seen; };
   if (has_changed() || spin_until(now_ns() + kSpinNs, has_changed)) return;
+  auto& sleeps_through = lanes_[static_cast<size_t>(thread)].sleeps_through;
   num_sleeping_.fetch_add(1, std::memory_order_seq_cst);
+  sleeps_through.store(seen, std::memory_order_seq_cst);
   turn_.wait(seen, std::memory_order_seq_cst);
+  sleeps_through.store(kAwake, std::memory_order_seq_cst);
+  num_sleeping_.fetch_sub(1, std::memory_order_seq_cst);
 }
 
 }  // namespace hob

@@ -77,6 +77,9 @@ class ThreadPool {
   // Waits until no thread computes for a job that is over: before memory goes that `compute` reads. Not during a run.
   void settle();
 
+  // For tests: once in so many changes of turn the thread that makes it loses its core for a while right behind it. 0: never.
+  int late_once_in = 0;
+
   // Pieces computed for others so far.
   int64_t num_repeated() const { return num_repeated_.load(std::memory_order_relaxed); }
 
@@ -85,10 +88,12 @@ class ThreadPool {
   struct alignas(64) Range {
     std::atomic<uint64_t> ticket{0};
   };
-  // A thread writes here for which turn it reads the job and prepares.
+  static constexpr uint64_t kAwake = ~uint64_t{0};
+  // A thread writes here for which turn it reads the job and prepares, and which turn it sleeps through.
   struct alignas(64) Lane {
     std::atomic<uint64_t> reading{0};
     std::atomic<bool> is_computing{false};
+    std::atomic<uint64_t> sleeps_through{kAwake};
   };
   // What a thread knows of the job it is at.
   struct Share {
@@ -111,7 +116,8 @@ class ThreadPool {
   void advance(uint64_t turn, int thread);
   void open_next(uint64_t turn, int thread);
   void change_turn(uint64_t turn);
-  void wait_for_change(uint64_t seen);
+  void come_late();
+  void wait_for_change(uint64_t seen, int thread);
 
   const int num_threads_;
   std::vector<Range> ranges_;
@@ -129,6 +135,7 @@ class ThreadPool {
   std::atomic<int> num_sleeping_{0};
   std::atomic<bool> is_ending_{false};
   std::atomic<int64_t> num_repeated_{0};
+  std::atomic<int> num_changes_{0};  // counted where `late_once_in` asks for it
   std::vector<std::thread> threads_;
 };
 

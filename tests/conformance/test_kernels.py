@@ -421,6 +421,12 @@ def test_late_threads_hold_up_nothing_and_change_nothing(num_threads: int, num_p
     assert repeated > 0
 
 
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_no_thread_is_left_asleep(num_threads: int) -> None:
+    """One that was, was missing for as long as the model was there, and the model could not be closed."""
+    assert _core.pool_attendance(num_threads, 2000) == num_threads
+
+
 @pytest.mark.parametrize("name", ["Q4_1", "odd", "F32"])
 def test_more_threads_than_cores_give_the_same_bits(files: dict[str, Packed], isa: str, name: str) -> None:
     alone, crowd = (Native(files[name], isa, num_threads) for num_threads in (1, 12))
