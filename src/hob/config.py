@@ -69,7 +69,7 @@ class EngineConfig:
     """'copy' reads the packed file into huge pages; 'map' maps it, shared with other processes and slower."""
     kv_type: str = "auto"
     """Keys and values in memory and on disk: 'f16', or 'q8', 8 bits with a scale for each token and head, which takes
-    half as much. 'auto': q8 where attention counts in whole numbers (avx512, amx) and keys have no biases, else f16."""
+    half as much. 'auto': q8 where attention counts in whole numbers (avx512, amx) and heads suit it, else f16."""
     watchdog_s: float = 60.0
     """A step that takes longer hangs: the engine process is replaced."""
     adapters: str = ""

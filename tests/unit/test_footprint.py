@@ -43,4 +43,5 @@ def test_kv_is_kept_in_8_bits_where_that_is_faster_and_keys_have_no_biases(tmp_p
         "amx": "q8",
     }
     assert choose_kv_type("f16", "amx", network) == ("f16", "asked for")
-    assert choose_kv_type("auto", "amx", dataclasses.replace(network, qkv_bias=True))[0] == "f16"
+    for other in (dataclasses.replace(network, qkv_bias=True), dataclasses.replace(network, head_dim=256)):
+        assert choose_kv_type("auto", "amx", other)[0] == "f16"

@@ -26,6 +26,7 @@ from hob.models.pack import Packed, open_packed
 
 log = logging.getLogger("hob.engine")
 
+MAX_Q8_HEAD_DIM = 128
 NO_LOGPROB = -1
 """As `num_logprobs` of a draw: not even the token's own, which takes a pass over the row of logits."""
 
@@ -44,7 +45,8 @@ def choose_kv_type(wanted: str, isa: str, network: Network) -> tuple[str, str]:
     """How keys and values are kept, and why.
 
     Where attention counts in whole numbers 8 bits are as good to within what can be measured (docs/results.md), faster
-    and half as large. Biases make some channels of the keys large throughout, which one scale for a head does not suit.
+    and half as large. A scale is for one head's values: with 256 of them (Gemma) the distance from float32 triples, and
+    biases make some channels of the keys large throughout.
     """
     if wanted != "auto":
         return wanted, "asked for"
@@ -52,6 +54,8 @@ def choose_kv_type(wanted: str, isa: str, network: Network) -> tuple[str, str]:
         return "f16", f"auto: on {isa} 8 bits would be slower"
     if network.qkv_bias:
         return "f16", "auto: this model's keys have biases"
+    if network.head_dim > MAX_Q8_HEAD_DIM:
+        return "f16", f"auto: heads of {network.head_dim} values are long for one scale"
     return "q8", "auto: half as large as f16, and faster"
 
 
