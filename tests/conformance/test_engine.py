@@ -6,6 +6,8 @@ use `==`.
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,8 +21,9 @@ from hob.config import EngineConfig
 from hob.engine.base import Batch, Draw, Engine, Out
 from hob.engine.fake import FakeEngine
 from hob.engine.local import LocalEngine
-from hob.errors import HobError
+from hob.errors import HobError, ModelFileError
 from hob.models.pack import ensure_packed
+from hob.models.packed_file import FIXED, data_offset_of
 from hob.request import SamplingParams
 
 NUM_BLOCKS = 64
@@ -281,3 +284,31 @@ def test_a_mask_is_kept_to_and_an_open_one_changes_nothing(engine: Engine) -> No
 def test_wrong_batches_are_refused(engine: Engine) -> None:
     with pytest.raises((ValueError, HobError), match="vocab"):
         engine.forward(batch(([259], 0, [0])))
+
+
+def with_network(path: Path, **changed: object) -> Path:
+    """A copy of a packed file that says something else of its network, its CRC made right."""
+    raw = path.read_bytes()
+    magic, version, length, _, _, rest = FIXED.unpack_from(raw)
+    header = json.loads(raw[FIXED.size : FIXED.size + length])
+    header["network"] |= changed
+    text, body = json.dumps(header).encode(), raw[data_offset_of(length) :]
+    start = data_offset_of(len(text))
+    fixed = FIXED.pack(magic, version, len(text), start + len(body), zlib.crc32(text), rest)
+    copy = path.with_name("changed.hobpack")
+    copy.write_bytes((fixed + text).ljust(start, b"\0") + body)
+    return copy
+
+
+@pytest.mark.parametrize(
+    "changed", [{"context_length": 2**31}, {"context_length": -(2**62)}, {"sliding_window": 2**40}]
+)
+def test_a_number_that_the_core_cannot_hold_is_a_fault_of_the_file(
+    packed: dict[str, Path], changed: dict[str, int]
+) -> None:
+    """Not of the program: the core refuses it as all else that does not fit."""
+    engine = LocalEngine("tiny", with_network(packed["F32"], context_length=96), EngineConfig(threads=1), MAX_ROWS)
+    assert engine.info.context_length == 96
+    engine.close()
+    with pytest.raises(ModelFileError, match=f"'{next(iter(changed))}' is of another type, or a number out of range"):
+        LocalEngine("tiny", with_network(packed["F32"], **changed), EngineConfig(threads=1), MAX_ROWS)

@@ -260,6 +260,8 @@ def test_an_engine_loads_those_of_its_model_and_says_which_it_leaves_out(
         ({"modules_to_save": ["lm_head"]}, "'modules_to_save'"),
         ({"lora_alpha": None}, "Expected PEFT's JSON with 'lora_alpha'"),
         ({"alpha_pattern": {"q_proj": 3}}, "'alpha_pattern'"),
+        ({"lora_alpha": 10**400}, "Expected PEFT's JSON with 'lora_alpha'"),
+        ({"lora_alpha": 1e300}, "not finite"),
     ],
 )
 def test_what_plain_lora_is_not_is_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
@@ -277,6 +279,11 @@ def spoil(folder: Path, change: Any) -> None:
     save_file(tensors, folder / WEIGHTS_FILE)
 
 
+def of_rank_0(tensors: dict[str, Floats]) -> dict[str, Floats]:
+    a, b = FIRST.format("A"), FIRST.format("B")
+    return {a: tensors[a][:0], b: tensors[b][:, :0].copy()}
+
+
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 
 
@@ -292,12 +299,14 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
         ),
         (lambda t: t.update({FIRST.format("A"): np.zeros((3, 64), np.float64)}), "of F64"),
         (lambda t: t.clear(), "no LoRA tensors"),
+        (lambda t: t.update(of_rank_0(t)), "made for another base"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(tmp_path: Path, change: Any, message: str) -> None:
     model = make_checkpoint(SHAPES["llama"])
     network = open_packed(ensure_packed(write_gguf(model, tmp_path / "base.gguf"))).network
     folder = write_peft(tmp_path / "a", model, NARROW)
+    assert read_adapter(folder, network)
     spoil(folder, change)
     with pytest.raises(ModelFileError, match=message):
         read_adapter(folder, network)
@@ -311,6 +320,9 @@ def test_broken_files_are_refused(tmp_path: Path, cases: dict[str, Case]) -> Non
         read_adapter(folder, network)
     (folder / WEIGHTS_FILE).unlink()
     with pytest.raises(ModelFileError, match="cannot be read"):
+        read_adapter(folder, network)
+    (folder / CONFIG_FILE).write_text('{"lora_alpha": ' + "[" * 100_000)
+    with pytest.raises(ModelFileError, match="RecursionError"):
         read_adapter(folder, network)
     with pytest.raises(ModelFileError, match="not a LoRA adapter"):
         read_adapter(cases["llama"].packed.with_name("base.gguf"), network)
