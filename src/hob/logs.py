@@ -34,4 +34,7 @@ def set_up(as_json: bool, plain: str = "%(asctime)s %(levelname)s %(name)s: %(me
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter(plain))
     logging.basicConfig(level=os.environ.get("HOB_LOG", "INFO").upper(), handlers=[handler])
+    # What no line of ours says is not looked up for each (logging's documented switches).
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     os.environ[ENVIRONMENT] = "true" if as_json else "false"

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from hob.api.protocol import BodyWriter
 from hob.api.replies import error_object, unexpected
 from hob.errors import HobError
-from hob.request import SequenceOutput
+from hob.request import Place, SequenceOutput
 from hob.service.outputs import Outputs
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ T = TypeVar("T")
 class Framing:
     """How a stream's events look."""
 
-    media_type: str
+    media_type: bytes
     done: bytes
     """After the last event."""
     error: Callable[[HobError], bytes]
@@ -45,8 +45,11 @@ def _line_error(error: HobError) -> bytes:
     return msgspec.json.encode({"error": error.message}) + b"\n"
 
 
-SSE = Framing("text/event-stream", b"data: [DONE]\n\n", _sse_error)
-NDJSON = Framing("application/x-ndjson", b"", _line_error)
+SSE = Framing(b"text/event-stream; charset=utf-8", b"data: [DONE]\n\n", _sse_error)
+NDJSON = Framing(b"application/x-ndjson", b"", _line_error)
+
+
+_HEADERS = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"))
 
 
 class ClientGone(Exception):
@@ -79,13 +82,6 @@ async def until_gone(gone: asyncio.Future[None], work: Coroutine[Any, Any, T]) -
         raise
     finally:
         gone.remove_done_callback(leave)
-
-
-async def _cancel(task: asyncio.Future[Any]) -> None:
-    if not task.done():
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +127,8 @@ class EventStream(Response):
         self._shortcut = shortcut
         self._framing = framing
         self._outputs = outputs
-        super().__init__(
-            media_type=framing.media_type, headers={"cache-control": "no-store", "x-accel-buffering": "no"}
-        )
-        del self.headers["content-length"]
+        self.status_code = 200
+        self.raw_headers = [(b"content-type", framing.media_type), *_HEADERS]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all events, or stop when the client leaves."""
@@ -142,25 +136,23 @@ class EventStream(Response):
 
     async def _send(self, send: Send, writer: BodyWriter) -> None:
         async with contextlib.aclosing(self._events) as events:
-            first = asyncio.ensure_future(anext(events))
             try:
-                await self._send_events(events, first, send, writer)
+                await self._send_events(events, send, writer)
             finally:
-                await _cancel(first)
+                if self._outputs is not None:
+                    self._outputs.close()  # they may have begun before the first event was asked for
 
-    async def _send_events(
-        self, events: AsyncGenerator[bytes, None], first: asyncio.Future[bytes], send: Send, writer: BodyWriter
-    ) -> None:
+    async def _send_events(self, events: AsyncGenerator[bytes, None], send: Send, writer: BodyWriter) -> None:
         async def part(body: bytes, is_last: bool = False) -> None:
             await send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
-        comment = await self._comment_before(first)
-        opening = comment or await first
+        place = None if self._outputs is None else await self._outputs.opening()
+        opening = await anext(events) if place is None else _comment(place)
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await part(opening)
         try:
-            if comment:
-                await part(await first)
+            if place is not None:
+                await part(await anext(events))
             if self._shortcut is not None:
                 self._shortcut.take(writer)
             async for event in events:
@@ -172,12 +164,6 @@ class EventStream(Response):
             last = self._framing.error(unexpected(error))
         await part(last, is_last=True)
 
-    async def _comment_before(self, first: asyncio.Future[bytes]) -> bytes:
-        """The request's place, if that is known before the first event. Empty: it did not have to wait."""
-        if self._outputs is None:
-            return b""
-        await asyncio.wait((first, self._outputs.placed()), return_when=asyncio.FIRST_COMPLETED)
-        place = self._outputs.place
-        if first.done() or place is None:
-            return b""
-        return b": waiting, %d ahead, first token in about %.1f s\n\n" % (place.num_ahead, place.first_token_s)
+
+def _comment(place: Place) -> bytes:
+    return b": waiting, %d ahead, first token in about %.1f s\n\n" % (place.num_ahead, place.first_token_s)

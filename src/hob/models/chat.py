@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from hob.errors import InvalidRequest, ModelFileError
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 TEMPLATE_KEY = "tokenizer.chat_template"
 MAX_MESSAGES = 4096
 MAX_TEMPLATE_CHARS = 1 << 20
+_MARK = "\U000f0000"
+"""Stands for a message's text; of private use, so that no template has it."""
 _ROLE = re.compile("[a-z][a-z_]{0,31}")
 
 Message = dict[str, Any]
@@ -102,21 +105,44 @@ class ChatEncoder:
             raise InvalidRequest(self._fault)
         if not self._knows_tools:
             messages, tools = fold_tools(check_messages(messages), tools), None
-        tokenizer = self._tokenizer
-        bos = "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id)
-        eos = "" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id)
+        tokenizer, fixed = self._tokenizer, self._fixed
         (escaped, escaped_tools), stand = self._escape(check_messages(messages), tools)
-        text = self._template.render(_variables(escaped, escaped_tools, add_generation_prompt, bos, eos))
+        text = self._render(self._template, escaped, escaped_tools, add_generation_prompt)
         ids: list[int] = []
         for part in tokenizer.split_special(text):
             if isinstance(part, int):
                 ids.append(part)
+            elif part in fixed:
+                ids += fixed[part]
             else:
                 ids += tokenizer.encode(stand.restore(part), add_bos=False)
         # Some templates write the BOS token themselves, some leave it to the tokenizer.
         if tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
             ids.insert(0, tokenizer.bos_id)
         return ids
+
+    def _render(
+        self,
+        template: ChatTemplate,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        tokenizer = self._tokenizer
+        bos = "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id)
+        eos = "" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id)
+        return template.render(_variables(messages, tools, add_generation_prompt, bos, eos))
+
+    @cached_property
+    def _fixed(self) -> dict[str, list[int]]:
+        """Ids of the texts that the template puts around every message. Nothing that anyone wrote is remembered."""
+        assert self._template is not None
+        try:
+            text = self._render(self._template, [{"role": "user", "content": _MARK}])
+        except InvalidRequest:  # it wants more than that
+            return {}
+        parts = [part for part in self._tokenizer.split_special(text) if isinstance(part, str) and _MARK not in part]
+        return {part: self._tokenizer.encode(part, add_bos=False) for part in parts}
 
     def _escape(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> tuple[list[Any], Stand]:
         """Messages and tools without special tokens in them. Roles stay: templates build tokens of them."""

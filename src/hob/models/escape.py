@@ -40,6 +40,8 @@ class Escaper:
         self._beginnings = {text[:i] for text in texts for i in range(1, len(text))}
         self._ends = {text[i:] for text in texts for i in range(1, len(text))}
         self._longest = max(map(len, texts), default=1) - 1
+        self._lasts = {text[-1] for text in self._beginnings}
+        self._firsts = {text[0] for text in self._ends}
 
     def places(self, text: str) -> set[int]:
         """Which characters of a text to swap."""
@@ -47,8 +49,9 @@ class Escaper:
             return set()
         found = {match.start() for match in self._whole.finditer(text)}
         reach = range(1, min(self._longest, len(text)) + 1)
-        found.update(len(text) - i for i in reach if text[-i:] in self._beginnings)
-        if any(text[:i] in self._ends for i in reach):
+        if text[-1:] in self._lasts:
+            found.update(len(text) - i for i in reach if text[-i:] in self._beginnings)
+        if text[:1] in self._firsts and any(text[:i] in self._ends for i in reach):
             found.add(0)
         return found
 

@@ -78,7 +78,7 @@ class EngineHandle:
         self._connection: EngineConnection | None = None
         self._outputs: dict[str, Outputs] = {}
         self._ready: Ready | None = None
-        self._last_ready: Ready | None = None
+        self._model: ModelInfo | None = None
         self._is_ready = asyncio.Event()
         self._failure: HobError | None = None
         self._reported: HobError | None = None
@@ -97,11 +97,9 @@ class EngineHandle:
 
         It stays known while a dead process is replaced: requests that come then wait rather than fail.
         """
-        if self._failure is not None or self._last_ready is None:
+        if self._failure is not None or self._model is None:
             raise self._failure or EngineUnavailable("the engine is starting", retry_after_s=1.0)
-        pool_tokens = self._last_ready.num_blocks * self._last_ready.block_size
-        model = self._last_ready.model
-        return msgspec.structs.replace(model, context_length=min(model.context_length, pool_tokens))
+        return self._model
 
     @property
     def stats(self) -> Stats:
@@ -234,12 +232,11 @@ class EngineHandle:
     # ---- the process ----
 
     async def _wait_ready(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        try:
-            await asyncio.wait_for(self._is_ready.wait(), START_TIMEOUT_S)
-        except TimeoutError:
-            raise EngineUnavailable(f"the engine was not ready after {START_TIMEOUT_S:.0f} s") from None
+        if not self._is_ready.is_set():  # it nearly always is, and a wait with a limit makes a task and a timer
+            try:
+                await asyncio.wait_for(self._is_ready.wait(), START_TIMEOUT_S)
+            except TimeoutError:
+                raise EngineUnavailable(f"the engine was not ready after {START_TIMEOUT_S:.0f} s") from None
         if self._failure is not None:
             raise self._failure
 
@@ -302,7 +299,9 @@ class EngineHandle:
             if message.stats is not None:
                 self._stats = message.stats
         elif isinstance(message, Ready):
-            self._ready = self._last_ready = message
+            self._ready, info = message, message.model
+            context_length = min(info.context_length, message.num_blocks * message.block_size)
+            self._model = msgspec.structs.replace(info, context_length=context_length)
             for model, prompts in (self.public_prompts.by_model() if self.public_prompts else {}).items():
                 self._send(Publish(model, prompts))
             self._is_ready.set()

@@ -41,14 +41,13 @@ class Outputs:
         self._sink: Sink | None = None
         self.place: Place | None = None
         """Where the request stood when it came, if it had to wait."""
-        self._placed: asyncio.Future[None] | None = None
 
     def put(self, item: SequenceOutput | Exception) -> None:
         """Deliver an output, or the error that ends the request. From the event loop's thread."""
         if isinstance(item, SequenceOutput) and item.place is not None:
             self.place = item.place
-            if self._placed is not None and not self._placed.done():
-                self._placed.set_result(None)
+            if self._waiter is not None and not self._waiter.done():
+                self._waiter.set_result(None)  # for `opening`
             return
         waiter = self._waiter
         if waiter is None or waiter.done():  # the reader is still at work on what came before
@@ -68,10 +67,19 @@ class Outputs:
         self._begin = gated
         return self
 
-    def placed(self) -> asyncio.Future[None]:
-        """Done when it is known that the request has to wait; never if it has not."""
-        self._placed = asyncio.get_running_loop().create_future()
-        return self._placed
+    async def opening(self) -> Place | None:
+        """Begin, and wait for what is known first: the request's place, or its first output (None).
+
+        Raises what keeps it from beginning, as the iteration would.
+        """
+        try:
+            await self._begin_once()
+            if not self._items and self.place is None:
+                await self._arrival()
+        except BaseException:  # cancellation too: nobody reads on
+            self.close()
+            raise
+        return None if self._items else self.place
 
     def divert(self, sink: Sink) -> None:
         """From now on, offer outputs to `sink` first whenever the reader waits; but not the last of a sequence."""
@@ -83,14 +91,11 @@ class Outputs:
     async def __anext__(self) -> SequenceOutput:
         """The next output. Raises the error that ended the request."""
         try:
-            if not self._is_begun:
-                self._is_begun = True
-                await self._begin(self)
+            await self._begin_once()
             if self._num_left == 0 or self._is_closed:
                 raise StopAsyncIteration
-            if not self._items:
-                self._waiter = asyncio.get_running_loop().create_future()
-                await self._waiter
+            while not self._items:
+                await self._arrival()
             item = self._items.popleft()
             error = item if isinstance(item, Exception) else _error_of(item)
             if error is not None:
@@ -111,6 +116,16 @@ class Outputs:
         if self._is_begun and not self._is_closed:
             self._end(self, self._num_left == 0)
         self._is_closed = True
+
+    async def _begin_once(self) -> None:
+        if not self._is_begun:
+            self._is_begun = True
+            await self._begin(self)
+
+    async def _arrival(self) -> None:
+        """Wait until something comes."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
 
     def _is_sunk(self, item: SequenceOutput | Exception, sink: Sink) -> bool:
         if isinstance(item, Exception) or item.finish_reason is not None or item.error is not None:
