@@ -12,12 +12,11 @@ A turn is durable before the client is told that it ended; a turn that was not f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Literal
 
 import msgspec
-from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Router
 
@@ -28,6 +27,7 @@ from hob.api.context_turns import CHAT, TurnRequest, begin, deltas_of, store_of
 from hob.api.params import check_neutral, num_samples, wants_stream_usage
 from hob.api.receipt import receipt
 from hob.api.replies import json_reply
+from hob.api.routes import CallOf, add_routes
 from hob.api.schema import Body, Message
 from hob.api.stream import EventStream
 from hob.api.wire import FINISH, Stamp, to_json, usage_object
@@ -55,26 +55,18 @@ class ForkRequest(Body, kw_only=True):
     name: str | None = None
 
 
-def register(router: Router, call_of: Callable[[HttpRequest], Call]) -> None:
+def register(router: Router, call_of: CallOf) -> None:
     """Add the routes."""
-
-    def endpoint(act: Callable[..., Any], *, has_body: bool) -> Callable[[HttpRequest], Any]:
-        async def answer(request: HttpRequest) -> Response:
-            bodies = [await request.body()] if has_body else []
-            reply: Response = await act(call_of(request), *request.path_params.values(), *bodies)
-            return reply
-
-        return answer
-
-    for path, method, act in (
-        (PATH, "POST", create),
-        (PATH, "GET", list_contexts),
-        (PATH + "/{context_id}", "GET", get),
-        (PATH + "/{context_id}", "DELETE", delete),
-        (PATH + "/{context_id}/generate", "POST", take_turn),
-        (PATH + "/{context_id}/fork", "POST", fork),
-    ):
-        router.add_route(path, endpoint(act, has_body=method == "POST"), methods=[method])
+    add_routes(
+        router,
+        call_of,
+        ("POST", PATH, create),
+        ("GET", PATH, list_contexts),
+        ("GET", PATH + "/{context_id}", get),
+        ("DELETE", PATH + "/{context_id}", delete),
+        ("POST", PATH + "/{context_id}/generate", take_turn),
+        ("POST", PATH + "/{context_id}/fork", fork),
+    )
 
 
 # ---- the calls ----

@@ -9,10 +9,7 @@ POST   /hob/v1/unload               {model}                         owner only
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import msgspec
-from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Router
 
@@ -20,6 +17,7 @@ from hob.api.body import parse_body, show
 from hob.api.call import Call
 from hob.api.overview import check_owner
 from hob.api.replies import json_reply
+from hob.api.routes import CallOf, add_routes
 from hob.api.schema import Body
 from hob.config import parse_bytes
 from hob.errors import ConfigError, InvalidRequest
@@ -51,32 +49,20 @@ class UnloadRequest(Body, kw_only=True):
     model: str
 
 
-def register(router: Router, call_of: Callable[[HttpRequest], Call]) -> None:
+def register(router: Router, call_of: CallOf) -> None:
     """Add the routes."""
-
-    async def show(request: HttpRequest) -> Response:
-        return memory(call_of(request))
-
-    async def change(request: HttpRequest) -> Response:
-        return await set_budget(call_of(request), await request.body())
-
-    async def unload(request: HttpRequest) -> Response:
-        return await unload_model(call_of(request), await request.body())
-
-    async def hold(request: HttpRequest) -> Response:
-        return await hold_model(call_of(request), request.path_params["name"], await request.body())
-
-    async def let_go(request: HttpRequest) -> Response:
-        return await end_lease(call_of(request), request.path_params["name"])
-
-    router.add_route("/hob/v1/memory", show, methods=["GET"])
-    router.add_route("/hob/v1/memory", change, methods=["PUT"])
-    router.add_route("/hob/v1/unload", unload, methods=["POST"])
-    router.add_route("/hob/v1/leases/{name:path}", hold, methods=["PUT"])
-    router.add_route("/hob/v1/leases/{name:path}", let_go, methods=["DELETE"])
+    add_routes(
+        router,
+        call_of,
+        ("GET", "/hob/v1/memory", memory),
+        ("PUT", "/hob/v1/memory", set_budget),
+        ("POST", "/hob/v1/unload", unload_model),
+        ("PUT", "/hob/v1/leases/{name:path}", hold_model),
+        ("DELETE", "/hob/v1/leases/{name:path}", end_lease),
+    )
 
 
-def memory(call: Call) -> Response:
+async def memory(call: Call) -> Response:
     """The ledger."""
     return json_reply(msgspec.to_builtins(call.services.backend.stats.memory))
 

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Router
 
@@ -26,6 +24,7 @@ from hob.api.chat import plain_messages
 from hob.api.overview import check_owner
 from hob.api.params import fit_context
 from hob.api.replies import json_reply
+from hob.api.routes import CallOf, add_routes
 from hob.api.schema import Body, Message, Tool
 from hob.api.services import ChatCodec
 from hob.api.together import aside
@@ -47,24 +46,18 @@ class PublishRequest(Body, kw_only=True):
     prompt: str | None = None
 
 
-def register(router: Router, call_of: Callable[[HttpRequest], Call]) -> None:
+def register(router: Router, call_of: CallOf) -> None:
     """Add the routes."""
-
-    async def at_all(request: HttpRequest) -> Response:
-        return list_prompts(call_of(request))
-
-    async def put_one(request: HttpRequest) -> Response:
-        return await put(call_of(request), request.path_params["name"], await request.body())
-
-    async def delete_one(request: HttpRequest) -> Response:
-        return await remove(call_of(request), request.path_params["name"])
-
-    router.add_route(PATH, at_all, methods=["GET"])
-    router.add_route(PATH + "/{name}", put_one, methods=["PUT"])
-    router.add_route(PATH + "/{name}", delete_one, methods=["DELETE"])
+    add_routes(
+        router,
+        call_of,
+        ("GET", PATH, list_prompts),
+        ("PUT", PATH + "/{name}", put),
+        ("DELETE", PATH + "/{name}", remove),
+    )
 
 
-def list_prompts(call: Call) -> Response:
+async def list_prompts(call: Call) -> Response:
     """All of them, by name."""
     prompts = _prompts(call).by_name
     return json_reply({"object": "list", "data": [_object(name, prompts[name]) for name in sorted(prompts)]})

@@ -13,11 +13,9 @@ it was trained on. NumPy is imported with the first head that runs, not before.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Router
 
@@ -26,6 +24,7 @@ from hob.api.call import Call
 from hob.api.features import FeaturesRequest, PartBody, PoolBody, features, pooled_states
 from hob.api.inputs import MAX_INPUTS
 from hob.api.replies import json_reply
+from hob.api.routes import CallOf, add_routes
 from hob.api.schema import Body
 from hob.api.training import Trainings
 from hob.api.wire import usage_object
@@ -67,27 +66,19 @@ class RunRequest(Body, kw_only=True):
     service_class: str | None = None
 
 
-def register(router: Router, call_of: Callable[[HttpRequest], Call]) -> None:
+def register(router: Router, call_of: CallOf) -> None:
     """Add the routes."""
     routes = _Routes()
-
-    def endpoint(act: Callable[..., Any], *, has_body: bool) -> Callable[[HttpRequest], Any]:
-        async def answer(request: HttpRequest) -> Response:
-            bodies = [await request.body()] if has_body else []
-            reply: Response = await act(call_of(request), *request.path_params.values(), *bodies)
-            return reply
-
-        return answer
-
-    for path, method, act in (
-        ("/hob/v1/features", "POST", features),
-        (PATH, "GET", routes.list_tasks),
-        (PATH + "/{task}", "GET", routes.get),
-        (PATH + "/{task}", "DELETE", routes.delete),
-        (PATH + "/{task}/train", "POST", routes.train),
-        (PATH + "/{task}/run", "POST", routes.run),
-    ):
-        router.add_route(path, endpoint(act, has_body=method == "POST"), methods=[method])
+    add_routes(
+        router,
+        call_of,
+        ("POST", "/hob/v1/features", features),
+        ("GET", PATH, routes.list_tasks),
+        ("GET", PATH + "/{task}", routes.get),
+        ("DELETE", PATH + "/{task}", routes.delete),
+        ("POST", PATH + "/{task}/train", routes.train),
+        ("POST", PATH + "/{task}/run", routes.run),
+    )
 
 
 class _Routes:

@@ -89,7 +89,7 @@ def classify(
     """Give each label its exact probability. Starts a daemon if none runs.
 
     \b
-    hob classify "The train is late again." --labels travel,food,money
+    hob classify "I want my money back." --labels refund,praise,question
     hob classify --data messages.csv --labels urgent,later --output sorted.csv
 
     With examples of your own a trained head does better: see `hob task`.

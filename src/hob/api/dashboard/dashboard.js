@@ -16,7 +16,7 @@ function make(tag, className, ...children) {
 }
 
 const number = (value) => Math.round(value).toLocaleString("en");
-const megabytes = (bytes) => (bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0) + " MB";
+const megabytes = (bytes) => (bytes < 1e7 ? (bytes / 1e6).toFixed(1) : number(bytes / 1e6)) + " MB";
 const percent = (share) => (100 * share).toFixed(share < 0.1 ? 1 : 0) + " %";
 
 function duration(seconds) {
@@ -167,7 +167,7 @@ function showTiles(overview) {
   $("now-ttft").textContent = lately.length ? number(lately[lately.length - 1]) : "–";
   $("now-requests").textContent = number(overview.requests.length);
   const waiting = overview.engine.num_waiting;
-  $("now-queue").textContent = waiting ? `${waiting} queued` : "requests";
+  $("now-queue").textContent = waiting ? `${waiting} queued` : overview.requests.length === 1 ? "request" : "requests";
   $("now-memory").textContent = number(overview.memory.pss_bytes / 1e6);
 }
 
