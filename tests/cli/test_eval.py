@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -48,6 +53,73 @@ def test_hob_and_an_echoing_server_say_the_same(daemon: Daemon, tmp_path: Path) 
     assert by_hob.scores.counts.tolist() == by_echo.scores.counts.tolist() == [7.0, 5.0]
     for name in ("sums", "prior", "premise", "content_free"):
         assert getattr(by_echo.scores, name) == pytest.approx(getattr(by_hob.scores, name), abs=1e-4)
+
+
+TABLE = {
+    (" Answer:", " spam"): 0.25,
+    (" Answer:", " not"): 0.5,
+    (" not", " spam"): 0.2,
+    (" Wednesday,", " Thursday"): 0.9,
+}
+"""p(word | the word before); all others .01."""
+
+
+class Bigrams(BaseHTTPRequestHandler):
+    """A server whose echo is known by hand. `is_shifted`: each token gets what it would have one place later."""
+
+    is_shifted = False
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        words = re.findall(r" ?\S+", body["prompt"])
+        told = list(zip(words if self.is_shifted else ["", *words], words, strict=False))
+        values = [None, *(math.log(TABLE.get(pair, 0.01)) for pair in told[1:])]
+        offsets = [len("".join(words[:i])) for i in range(len(words))]
+        if not body["echo"]:
+            values, offsets = [math.log(0.9)], [len(body["prompt"])]
+        logprobs = {"token_logprobs": values, "text_offset": offsets}
+        reply = json.dumps({"choices": [{"text": " Thursday", "logprobs": logprobs}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class Shifted(Bigrams):
+    is_shifted = True
+
+
+@contextmanager
+def served(handler: type[Bigrams]) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/v1"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_an_echo_by_hand() -> None:
+    """ln .25 over one token; ln .5 + ln .2 over two."""
+    with served(Bigrams) as url, zero_shot.EchoServer(url, "bigrams") as server:
+        server.check_echo()
+        ((sums, counts),) = server.scores(["A prize! Answer:"], [" spam", " not spam"])
+    assert sums == pytest.approx([math.log(0.25), math.log(0.1)])
+    assert counts == [1, 2]
+
+
+def test_an_echo_that_is_off_by_one_is_refused() -> None:
+    with (
+        served(Shifted) as url,
+        zero_shot.EchoServer(url, "bigrams") as server,
+        pytest.raises(UserError, match=r"' Thursday' had -0.11 .* and -4.61"),
+    ):
+        server.check_echo()
 
 
 def test_an_interrupted_run_goes_on(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,8 @@ def zero_shot(
         if base_url is None:
             server = zero_shot.HobServer(stack.enter_context(connected()))
         else:
-            server = stack.enter_context(zero_shot.EchoServer(base_url, model))
+            server = echo = stack.enter_context(zero_shot.EchoServer(base_url, model))
+            echo.check_echo()
         results = zero_shot.run(plan, server, _bar)
     report.write(out, results)
     if json:

@@ -3,7 +3,8 @@
     prompts.toml + texts --Server--> log p of each label (kept as it comes) --scorers.py--> answers --metrics.py-->
 
 A server gives log-probabilities of continuations of prompts: Hob's /hob/v1/classify does so over shared prefixes; any
-other needs /v1/completions with `echo` and `logprobs`. A run that was interrupted goes on where it ended.
+other needs /v1/completions with `echo` and `logprobs`, and its echo is checked first. A run that was interrupted goes
+on where it ended.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ CALL_PROMPTS = 64
 """Prompts asked for together: their rows share the server's steps. What they brought is kept before the next are."""
 NOTHING = "\n"
 """What stands for no text at all where a label's prior is asked for: a model needs one token to start from."""
+CHECKED = "Monday, Tuesday, Wednesday,"
+"""What a server continues, to see whether its echo tells the same of that continuation as it told when it made it."""
 Left = Callable[[int, int, float], None]
 Scores = tuple[list[float], list[int]]
 """Of each word: log-probability and number of tokens."""
@@ -112,6 +115,22 @@ class EchoServer:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
+    def check_echo(self) -> None:
+        """Generate a token, have it echoed: raises UserError unless it has the same log-probability both times.
+
+        llama-cpp-python's server echoes, where a model has no BOS token, how likely each token is to come once more.
+        """
+        choice = self._complete(CHECKED, echo=False)["choices"][0]
+        made = (choice.get("logprobs") or {}).get("token_logprobs") or [None]
+        if not choice["text"] or made[0] is None:
+            raise UserError(f"{self.name} gives no log-probability of what it generates: its echo cannot be checked")
+        found = _echoed(self._complete(CHECKED + choice["text"], echo=True), len(CHECKED), len(CHECKED) + 1, self.name)
+        if abs(sum(found) - made[0]) > 0.1:
+            raise UserError(
+                f"{self.name} echoes wrong log-probabilities: {choice['text']!r} had {made[0]:.2f} when it was generated, "
+                f"and {sum(found):.2f} when it was echoed after the same text. It cannot be measured."
+            )
+
     def scores(self, prompts: list[str], words: list[str]) -> list[Scores]:
         """All prompts at once."""
         with ThreadPoolExecutor(CALL_PROMPTS) as pool:
@@ -121,14 +140,19 @@ class EchoServer:
         """One completion for each word. One token is generated and left aside: some servers take 0 for "no limit"."""
         sums, counts = [], []
         for word in words:
-            body = {"model": self._model, "prompt": prompt + word, "max_tokens": 1, "echo": True, "logprobs": 1}
-            reply = self._http.post("completions", json={**body, "temperature": 0})
-            if reply.status_code != 200:
-                raise UserError(f"{self.name} answered {reply.status_code}: {reply.text[:200]}")
-            found = _echoed(reply.json(), len(prompt), len(prompt) + len(word), self.name)
+            reply = self._complete(prompt + word, echo=True)
+            found = _echoed(reply, len(prompt), len(prompt) + len(word), self.name)
             sums.append(sum(found))
             counts.append(len(found))
         return sums, counts
+
+    def _complete(self, prompt: str, *, echo: bool) -> dict[str, Any]:
+        body = {"model": self._model, "prompt": prompt, "max_tokens": 1, "echo": echo, "logprobs": 1, "temperature": 0}
+        reply = self._http.post("completions", json=body)
+        if reply.status_code != 200:
+            raise UserError(f"{self.name} answered {reply.status_code}: {reply.text[:200]}")
+        found: dict[str, Any] = reply.json()
+        return found
 
 
 def _echoed(reply: dict[str, Any], start: int, end: int, name: str) -> list[float]:
