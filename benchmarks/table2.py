@@ -58,6 +58,8 @@ PUBLISHED: dict[str, tuple[float, str]] = {
     "yelp": (0.977, "783M"),
     "youtube": (0.716, "41.8B"),
 }
+KEYS = ("majority", "tfidf", "zero_shot", "head_32", "head_128", "head_all", "published")
+"""Of a row in JSON."""
 CHOICE_ROWS = 100
 FEW = (32, 128)
 MAX_CHARS = 2000
@@ -73,6 +75,31 @@ class Set:
     test: list[Example]
 
 
+class _TimeLeft:
+    """Guessed from the sets that were done: seconds for each text and each character of it, in equal parts."""
+
+    def __init__(self, sets: list[Set]) -> None:
+        texts = {one.name: [e.text for e in one.train + one.test] for one in sets}
+        self._parts = {name: (len(some), sum(map(len, some))) for name, some in texts.items()}
+        self._total = tuple(sum(column) for column in zip(*self._parts.values(), strict=True))
+        self._share, self._seconds = 0.0, 0.0
+
+    def took(self, one: Set, seconds: float) -> None:
+        """One more is done."""
+        self._share += self._share_of(one)
+        self._seconds += seconds
+
+    def of_sets(self, sets: list[Set]) -> str:
+        """For those: text for the terminal, empty while nothing is known."""
+        if not self._share:
+            return ""
+        seconds = self._seconds / self._share * sum(self._share_of(one) for one in sets)
+        return f", about {seconds:.0f} s left"
+
+    def _share_of(self, one: Set) -> float:
+        return sum(part / total for part, total in zip(self._parts[one.name], self._total, strict=True)) / 2
+
+
 def main() -> None:
     args = _arguments()
     sets = list(_sets(args))
@@ -80,14 +107,17 @@ def main() -> None:
     if not args.json:
         print(f"{'':21}{'majority':>9}{'tfidf':>7}{'zero':>7}{'h32':>7}{'h128':>7}{'all':>7}{'states':>7}  published")
     with _client(args) as client:
+        left = _TimeLeft(sets)
         for i, one in enumerate(sets):
             start = time.perf_counter()
-            print(f"{i + 1} of {len(sets)}: {one.name}", file=sys.stderr)
-            rows[one.name] = _kept_row(one, client, args)
+            print(f"{i + 1} of {len(sets)}: {one.name}{left.of_sets(sets[i:])}", file=sys.stderr, flush=True)
+            rows[one.name], is_new = _kept_row(one, client, args)
+            if is_new:
+                left.took(one, time.perf_counter() - start)
             if not args.json:
                 print(_line(one, rows[one.name], time.perf_counter() - start), flush=True)
     if args.json:
-        print(json.dumps({"rows": rows}, indent=1))
+        print(json.dumps({"rows": {name: {key: row[key] for key in KEYS} for name, row in rows.items()}}, indent=1))
     else:
         _summary(rows, args)
 
@@ -137,18 +167,18 @@ def _sets(args: argparse.Namespace) -> Iterator[Set]:
         yield Set(name, kept, held)
 
 
-def _kept_row(one: Set, client: Client, args: argparse.Namespace) -> dict[str, Any]:
-    """A row that was made before of the same data by the same program and model, or a new one."""
+def _kept_row(one: Set, client: Client, args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """A row, and whether it is new rather than kept from before, of the same data by the same program and model."""
     made_from = (one, args.zero_shot_rows, args.seeds, client.stats()["model"], _program())
     digest = hashlib.sha256(repr(made_from).encode())
     path = args.cache / "rows" / f"{one.name}-{digest.hexdigest()[:16]}.json"
     if path.is_file():
         kept: dict[str, Any] = json.loads(path.read_text())
-        return kept
+        return kept, False
     row = _row(one, client, args)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(row))
-    return row
+    return row, True
 
 
 @cache

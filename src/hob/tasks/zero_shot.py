@@ -127,8 +127,8 @@ class EchoServer:
         found = _echoed(self._complete(CHECKED + choice["text"], echo=True), len(CHECKED), len(CHECKED) + 1, self.name)
         if abs(sum(found) - made[0]) > 0.1:
             raise UserError(
-                f"{self.name} echoes wrong log-probabilities: {choice['text']!r} had {made[0]:.2f} when it was generated, "
-                f"and {sum(found):.2f} when it was echoed after the same text. It cannot be measured."
+                f"{self.name} echoes wrong log-probabilities: {choice['text']!r} had {made[0]:.2f} when generated, "
+                f"and {sum(found):.2f} when echoed after the same text. It cannot be measured."
             )
 
     def scores(self, prompts: list[str], words: list[str]) -> list[Scores]:
