@@ -121,9 +121,9 @@ class Daemon:
                     return int(folder.name)
         raise AssertionError("no engine process")
 
-    def client(self) -> Client:
+    def client(self, timeout_s: float = TIMEOUT_S) -> Client:
         """Over its Unix socket."""
-        return Client(self.rundir.socket_path, app="test", timeout_s=TIMEOUT_S)
+        return Client(self.rundir.socket_path, app="test", timeout_s=timeout_s)
 
     def http(self) -> httpx.Client:
         """Raw HTTP over TCP."""
