@@ -23,7 +23,7 @@ from hob.engine.fake import FakeEngine
 from hob.engine.local import LocalEngine
 from hob.errors import HobError, ModelFileError
 from hob.models.pack import ensure_packed
-from hob.models.packed_file import FIXED, data_offset_of
+from hob.models.packed_file import FIXED, data_offset_of, open_packed
 from hob.request import SamplingParams
 
 NUM_BLOCKS = 64
@@ -298,6 +298,13 @@ def with_network(path: Path, **changed: object) -> Path:
     copy = path.with_name("changed.hobpack")
     copy.write_bytes((fixed + text).ljust(start, b"\0") + body)
     return copy
+
+
+def test_layers_beyond_all_reason_are_refused_before_each_is_looked_for(packed: dict[str, Path]) -> None:
+    """Else a header of 2 kB has a table made of billions of tensors."""
+    assert open_packed(with_network(packed["F32"], num_layers=2)).network.num_layers == 2
+    with pytest.raises(ModelFileError, match="has 4294967295 layers; expected at most"):
+        open_packed(with_network(packed["F32"], num_layers=2**32 - 1))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import msgspec
 
 from hob.errors import ModelFileError
-from hob.models.architectures import expected_shapes
+from hob.models.architectures import MAX_LAYERS, expected_shapes
 from hob.models.network import Network
 from hob.native.layout import Kind, packed_nbytes, rows_and_cols
 
@@ -150,6 +150,8 @@ def _read(path: Path, file: BinaryIO) -> Packed:
 
 def _check_tensors(path: Path, header: Header, data_bytes: int) -> None:
     """All that the network needs, each inside the data, after the one before it, of the size its shape asks for."""
+    if header.network.num_layers > MAX_LAYERS:  # before there is an entry for each tensor of each
+        raise _damaged(path, f"has {header.network.num_layers} layers; expected at most {MAX_LAYERS}")
     missing = expected_shapes(header.network)
     end = 0
     for tensor in header.tensors:
