@@ -5,7 +5,8 @@ completions and turns of contexts, take and end leases; the budget shrinks and g
 both processes is sampled. Prints JSON; exit status 1 if the promise was broken once or a request went wrong.
 
 The memory slope is fitted to the anonymous memory at the end of each round, when nothing is in flight and no model is
-resident, in bytes an hour with its standard error. Not to PSS: a library counts more when other programs that use it end.
+resident, in bytes an hour with its standard error. Not to PSS: of that a library takes more when other programs that
+use it end.
 """
 
 from __future__ import annotations
