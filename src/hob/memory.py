@@ -35,9 +35,14 @@ def processes_below(pid: int) -> list[ProcessMemory]:
 
 def pss_bytes(pid: int) -> int | None:
     """Proportional set size. None: the process is gone, or not ours to look at."""
+    return rollup_bytes(pid, "Pss")
+
+
+def rollup_bytes(pid: int, entry: str) -> int | None:
+    """An entry of smaps_rollup. None: the process is gone, or not ours to look at."""
     try:
         for line in (PROC / str(pid) / "smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
+            if line.startswith(f"{entry}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         return None

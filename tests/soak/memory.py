@@ -26,7 +26,7 @@ import numpy as np
 
 from hob.client import Client
 from hob.errors import HobError, Overloaded
-from hob.memory import processes_below
+from hob.memory import processes_below, rollup_bytes
 from hob.models.pack import ensure_packed
 from tests.daemons import Daemon, short_folder, until
 from tests.tiny import TinyShape, write_tiny_gguf
@@ -99,12 +99,7 @@ def pss_of(pid: int) -> int:
 
 def anonymous_of(pid: int) -> int:
     """What a daemon and its engine process have of their own."""
-    total = 0
-    for process in processes_below(pid):
-        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Anonymous:"):
-                total += int(line.split()[1]) * 1024
-    return total
+    return sum(rollup_bytes(p.pid, "Anonymous") or 0 for p in processes_below(pid) if p.role in ("api", "engine"))
 
 
 def make_models(folder: Path) -> None:

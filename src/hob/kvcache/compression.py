@@ -20,13 +20,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hob.kvcache.formats import KvShape, format_of
+from hob.kvcache.formats import VALUE_BITS, KvShape, format_of
 from hob.kvcache.pool import BLOCK_SIZE
 
 EXACT = 16
 """As it lies in memory, whatever that is: of KV kept in 8 bits, what asks for 8 is exact."""
-VALUE_BITS = {"f16": 16, "q8": 8}
-"""By kv_type: bits of a value in memory."""
 LEVELS = (16, 8, 4, 2)
 """Bits of a value that a block may have."""
 MIXED = 3
@@ -84,7 +82,8 @@ class Codec:
 
     def levels(self, kv_bits: int, density: Sequence[float], num_blocks: int) -> list[int]:
         """Bits for each block of a context. As many as a value has in memory, or more: the block stays as it is."""
-        return [bits if bits < self._format.bits else EXACT for bits in levels_of(kv_bits, density, num_blocks)]
+        most = VALUE_BITS[self._shape.kv_type]
+        return [bits if bits < most else EXACT for bits in levels_of(kv_bits, density, num_blocks)]
 
     def encode(self, block: bytes | memoryview, bits: int) -> bytes:
         """A block with fewer bits."""

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from hob.kvcache.pool import BLOCK_SIZE
 
 Floats = NDArray[np.float32]
+VALUE_BITS = {"f16": 16, "q8": 8}
+"""By kv_type: bits of a value in memory."""
 MOST = 127
 """The largest code."""
 
@@ -35,8 +37,6 @@ class KvShape:
 class Format(Protocol):
     """One way to lie."""
 
-    bits: int
-    """Of a value."""
     num_bytes: int
     """Of a block."""
 
@@ -57,8 +57,6 @@ def format_of(shape: KvShape) -> Format:
 class Halves:
     """f16."""
 
-    bits = 16
-
     def __init__(self, shape: KvShape) -> None:
         self._shape = shape
         self.num_bytes = 4 * shape.num_layers * shape.num_heads * BLOCK_SIZE * shape.head_dim
@@ -71,8 +69,7 @@ class Halves:
     def store(self, keys: Floats, values: Floats, out: memoryview) -> None:
         """See Format."""
         to_keys, to_values = self._parts(out)
-        with np.errstate(over="ignore"):
-            to_keys[:], to_values[:] = keys, values
+        to_keys[:], to_values[:] = keys, values
 
     def _parts(self, block: bytes | memoryview) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
         layers, heads, dim = self._shape.num_layers, self._shape.num_heads, self._shape.head_dim
@@ -83,8 +80,6 @@ class Halves:
 
 class Codes:
     """q8."""
-
-    bits = 8
 
     def __init__(self, shape: KvShape) -> None:
         self._shape = shape
@@ -110,10 +105,9 @@ class Codes:
         codes, scales = self._parts(out)
         layers, _, heads, _ = codes.shape
         for part, x in enumerate((keys.swapaxes(2, 3), values)):
-            with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-                scale = (np.abs(x).max(axis=3) / np.float32(MOST)).astype(np.float16)
-                inverse = np.where(scale > 0, np.float32(1) / scale.astype(np.float32), np.float32(0))
-                rounded = np.rint(np.clip(x * inverse[..., None], -MOST, MOST)).astype(np.int8)
+            scale = (np.abs(x).max(axis=3) / np.float32(MOST)).astype(np.float16)
+            inverse = np.divide(np.float32(1), scale, out=np.zeros(scale.shape, np.float32), where=scale > 0)
+            rounded = np.rint(np.clip(x * inverse[..., None], -MOST, MOST)).astype(np.int8)
             filled = np.zeros((layers, heads, BLOCK_SIZE, self._filled), np.int8)
             filled[..., : self._shape.head_dim] = rounded
             if part == 0:

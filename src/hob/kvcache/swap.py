@@ -190,9 +190,12 @@ class Swap:
 
     def drop(self, app: str, context_id: str) -> None:
         """A context is deleted: forget what waits to be copied of it, then free its blocks."""
-        forgotten = [turn for turn in self._turns if (turn.app, turn.context_id) == (app, context_id)]
-        self._turns = [turn for turn in self._turns if turn not in forgotten]
-        self._count_queued(-sum(len(turn.blocks) for turn in forgotten) * self.store.block_bytes)
+        turns, self._turns = self._turns, []
+        for turn in turns:
+            if (turn.app, turn.context_id) == (app, context_id):
+                self._count_queued(-len(turn.blocks) * self.store.block_bytes)
+            else:
+                self._turns.append(turn)
         self._submit(lambda: self.store.drop(app, [context_id]))
 
     def drain(self, memory: BlockMemory, find: Find) -> None:

@@ -206,6 +206,8 @@ class Room:
                 SequenceOutput(request_id, finish_reason=FinishReason.ERROR, error=OutputError.of(error))
             )
 
+    # ---- limits ----
+
     def set_limits(self) -> None:
         """How long a sequence may be, by model: all of the budget that nobody else has for good."""
         for resident in self:
