@@ -85,7 +85,7 @@ async def load(socket: str, clients: int, seconds: float, max_tokens: int, is_ke
 async def run(args: argparse.Namespace) -> dict[str, Any]:
     """Both loads on one daemon."""
     before = machine.CpuTimes.now()
-    daemon = Daemon(args.model)
+    daemon = Daemon(args.model, speculation="auto")
     await daemon.first_token_s()
     await load(daemon.socket, 8, 2, 8)  # what is done once is not counted
     figures = []

@@ -105,11 +105,11 @@ async def stream(address: str, app: str, klass: str, prompt: list[int], num_out:
     """One streamed completion."""
     body = {"model": "", "prompt": prompt, "max_tokens": num_out, "stream": True, "temperature": 0}
     last = start = time.perf_counter()
-    is_first = True
+    is_first, num_seen = True, 0
     load.add(start, 0)
 
     def note(count: int, now: float) -> None:
-        nonlocal last, is_first
+        nonlocal last, is_first, num_seen
         if is_first:
             load.ttft_s.append(now - start)
             load.add(now, len(prompt))
@@ -117,10 +117,12 @@ async def stream(address: str, app: str, klass: str, prompt: list[int], num_out:
         else:
             load.gaps_s.append(now - last)
         load.add(now, count)
+        num_seen += count
         last = now
 
     headers = {"X-Hob-App": app, "X-Hob-Class": klass}
     await stream_completion(address, body | {"logit_bias": NO_STOP}, headers, note)
+    load.add(last, num_out - num_seen)  # a true guess ahead puts several tokens into one event
 
 
 def random_prompt(rng: random.Random, num_tokens: int) -> list[int]:

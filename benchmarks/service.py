@@ -65,15 +65,18 @@ def pss_mb(pid: int) -> float:
 
 
 class Daemon:
-    """`hob serve` with a socket of its own."""
+    """`hob serve` with a socket of its own. Speculation puts several tokens into one event: off where those count."""
 
-    def __init__(self, model: str, program: tuple[str, ...] = ("-m", "hob.cli.main", "serve")) -> None:
+    def __init__(
+        self, model: str, program: tuple[str, ...] = ("-m", "hob.cli.main", "serve"), speculation: str = "off"
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self.socket = f"{self._folder.name}/hob.sock"
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
             [sys.executable, *program, "--model", model, "--port", "0", "--socket", self.socket],
             stderr=subprocess.DEVNULL,
+            env=os.environ | {"HOB_SPECULATION": speculation},
         )
         atexit.register(self._process.kill)  # whatever happens, it does not outlive us
 

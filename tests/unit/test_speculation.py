@@ -268,17 +268,17 @@ def test_it_begins_again_when_guesses_come_true() -> None:
     sequence = Sequence(Request("r", "app", [1]), 0, [1], 0.0, drafts=drafts)
     for _ in range(20):
         speculation.note(sequence, 4, 0)
-    rows = [speculation.num_rows(drafts, token_s=0.003, row_s=0.0005) for _ in range(2 * TRY_EVERY)]
+    rows = [speculation.num_rows(drafts, token_s=0.003, row_s=0.001) for _ in range(2 * TRY_EVERY)]
     assert rows.count(1) == 2, "a try now and then"
     assert sum(rows) == 2
     for _ in range(20):
         speculation.note(sequence, 1, 1)
-    assert speculation.num_rows(drafts, token_s=0.003, row_s=0.0005) > MAX_DRAFT // 2
+    assert speculation.num_rows(drafts, token_s=0.003, row_s=0.001) > MAX_DRAFT // 2
 
 
 def test_dear_rows_and_shared_steps_make_drafts_short() -> None:
     speculation, drafts = Speculation(), Drafts(accepted=9.0, rejected=3.0)
-    rows = [speculation.num_rows(drafts, token_s=0.003, row_s=row_s) for row_s in (0.0001, 0.0005, 0.001, 0.0014)]
+    rows = [speculation.num_rows(drafts, token_s=0.003, row_s=row_s) for row_s in (0.0002, 0.001, 0.002, 0.0028)]
     assert rows == sorted(rows, reverse=True)
     assert rows[0] > 4
     assert rows[-1] == 0

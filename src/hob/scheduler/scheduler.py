@@ -42,7 +42,7 @@ from hob.scheduler.cost import CostModel, Work
 from hob.scheduler.forecast import Forecast, is_paced, lack_of
 from hob.scheduler.order import Order
 from hob.scheduler.placement import Copy, Placement
-from hob.scheduler.speculation import Speculation, look_up, may_draft
+from hob.scheduler.speculation import MARGIN, Speculation, look_up, may_draft
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,8 +100,11 @@ class Plan:
             self.pace_s = min(self.pace_s, PACE_MARGIN * sequence.request.tpot_limit_s)
 
     def draft(self, chunk: Chunk, tokens: list[int]) -> None:
-        """Give a stream rows for guessed tokens. They are no part of `urgent`: nobody's step may be longer for them."""
-        self.work = self.work.longer(chunk.end, len(tokens))
+        """Give a stream rows for guessed tokens. They are no part of `urgent`: nobody's step may be longer for them.
+
+        In the step's work each counts as MARGIN rows.
+        """
+        self.work = self.work.longer(chunk.end, int(MARGIN * len(tokens)))
         chunk.num_rows += len(tokens)
         chunk.drafts = tokens
 
@@ -380,7 +383,7 @@ class Scheduler:
         budget_s = min(self.config.max_step_s, plan.pace_s, self._short_s(plan))
         most = self.config.max_running - len(plan.chunks)
         for chunk in streams:
-            sequence, row_s = chunk.sequence, self.cost.row_s(chunk.end)
+            sequence, row_s = chunk.sequence, MARGIN * self.cost.row_s(chunk.end)
             most = min(most, self.config.max_step_tokens - plan.work.num_rows)
             num_fit = min(most, int((budget_s - self.cost.step_s(plan.work)) / row_s), self._num_wanted(sequence) - 1)
             num_rows = min(num_fit, self.speculation.num_rows(sequence.drafts, token_s, row_s)) if num_fit > 0 else 0

@@ -9,8 +9,8 @@ seed, sample and position. So what holds is what steps of one row would have dra
 never been computed: its slots are written again, its blocks go back.
 
 A row i of a draft is true with a chance of about p^i, where p is how often this sequence's guesses came true of late.
-A token drawn early saves its share of a step of the streams; a row costs what the cost model says of one row more. So
-rows are added while p^i * token_s > MARGIN * row_s: none where guesses fail or many streams share a step, and then one
+A token drawn early saves its share of a step of the streams; a row costs MARGIN times what the cost model says of one
+more. So rows are added while p^i * token_s > row_s: none where guesses fail or many streams share a step, and then one
 now and then, to see whether that has changed. Looking for repetitions in the text is prompt lookup (Saxena 2023).
 """
 
@@ -27,7 +27,8 @@ NGRAM = 3
 MAX_DRAFT = 7
 """Most rows of a draft: with one more than eight in all a step takes markedly longer."""
 MARGIN = 2.0
-"""A drafted row counts as this many of the cost model's: it owes logits and a draw, which rows of prompts do not."""
+"""A drafted row counts as this many of the cost model's: it owes logits and a draw, which rows of prompts do not. It
+does so in the step's work too. Else drafts fit into a pace that they break, and the model learns of dear rows."""
 TRY_EVERY = 64
 """Steps after which one row is tried although that does not pay."""
 KEEP = 0.9
@@ -51,8 +52,8 @@ class Speculation:
         return (drafts.accepted + PRIOR * among_all) / (drafts.accepted + drafts.rejected + PRIOR)
 
     def num_rows(self, drafts: Drafts, token_s: float, row_s: float) -> int:
-        """How many rows to draft if that many can be guessed."""
-        chance, row_s = self.chance(drafts), MARGIN * row_s
+        """How many rows to draft if that many can be guessed. row_s: seconds of one drafted row."""
+        chance = self.chance(drafts)
         if chance * token_s <= row_s:
             drafts.num_passed += 1
             return int(drafts.num_passed % TRY_EVERY == 0)
