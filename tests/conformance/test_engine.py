@@ -168,8 +168,6 @@ def test_sequences_share_blocks_in_one_step(engine: Engine) -> None:
 
 
 def test_scores_are_log_softmax_of_the_logits(engine: Engine) -> None:
-    if isinstance(engine, FakeEngine):
-        pytest.skip("the fake has no distribution")
     ids = tokens(50, 10)
     logits = solo(engine, ids, [0, 1, 2, 3]).astype(np.float64)
     engine.forward(batch((ids, 0, [0, 1, 2, 3]), out=Out.SCORE, num_tops=5))
@@ -261,10 +259,27 @@ def test_sampling_is_a_function_of_seed_sample_and_position(engine: Engine) -> N
 
 def test_greedy_takes_the_most_likely(engine: Engine) -> None:
     logits = run(engine, batch((tokens(10, 12), 0, [0])))
-    if not isinstance(engine, FakeEngine):
-        sampled = engine.sample([Draw(SamplingParams(temperature=0.0, logprobs=3), 0, i, [], 0) for i in range(10)])
-        assert [s.token_id for s in sampled] == logits.argmax(1).tolist()
-        assert [[t for t, _ in s.tops] for s in sampled] == np.argsort(-logits, 1, kind="stable")[:, :3].tolist()
+    sampled = engine.sample([Draw(SamplingParams(temperature=0.0, logprobs=3), 0, i, [], 0) for i in range(10)])
+    assert [s.token_id for s in sampled] == logits.argmax(1).tolist()
+    assert [[t for t, _ in s.tops] for s in sampled] == np.argsort(-logits, 1, kind="stable")[:, :3].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_draws_tell_what_scores_tell(engine: Engine, temperature: float) -> None:
+    """Of the token drawn and of the likeliest, whatever the temperature; and nothing where nobody asked."""
+    ids = tokens(10, 12)
+    run(engine, batch((ids, 0, [0])))
+    params = [SamplingParams(temperature=temperature, seed=i, logprobs=3) for i in range(10)]
+    sampled = engine.sample([Draw(each, 0, i, [], 0) for i, each in enumerate(params)])
+    assert engine.sample([Draw(SamplingParams(temperature=0.0), 0, i, [], 0) for i in range(10)])[0].tops == []
+    work = batch((ids, 0, [0]), out=Out.SCORE, num_tops=3)
+    work.target = np.array([s.token_id for s in sampled], np.int32)
+    assert engine.forward(work).is_done
+    scores = engine.scores()
+    np.testing.assert_allclose([s.logprob for s in sampled], scores.logprob, rtol=1e-5, atol=1e-6)
+    assert [[t for t, _ in s.tops] for s in sampled] == scores.top_ids.tolist()
+    np.testing.assert_allclose([[p for _, p in s.tops] for s in sampled], scores.top_logprobs, rtol=1e-5, atol=1e-6)
+    assert {dict(s.tops)[s.token_id] == s.logprob for s in sampled if s.token_id in dict(s.tops)} <= {True}
 
 
 def test_a_mask_is_kept_to_and_an_open_one_changes_nothing(engine: Engine) -> None:

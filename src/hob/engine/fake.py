@@ -2,8 +2,9 @@
 
 Its "KV" is real enough to catch any mistake of pool, scheduler or loop: each slot holds a digest of all tokens up to
 it, computed from the slot before it *as found in the pool*. A wrong block, a stale copy or a skipped row changes every
-token that follows, so `interleaved == solo` is a sharp test without weights. The next token is the digest's value in
-the vocabulary; `script` overrides it.
+token that follows, so `interleaved == solo` is a sharp test without weights. The likeliest next token is the digest's
+value in the vocabulary, and the others follow it: the one i places on (around the end) has 1 / (1 + i)^2 of its
+probability. Draws, scores and logits all tell of this one distribution; `script` overrides which token is drawn.
 
 Time: a step takes `CostModel.step_s`, slept for real or added to a `FakeClock`.
 """
@@ -113,6 +114,9 @@ class FakeEngine:
         self._cost = cost
         self._sleep = sleep or time.sleep
         self._script = script
+        fall = -2.0 * np.log1p(np.arange(vocab_size))
+        self._logprobs = (fall - np.log(np.exp(fall).sum())).astype(np.float32)
+        """(V,) of the token i places after the likeliest."""
         self._slots = np.zeros(0, np.uint64)
         self._logits: list[int] = []
         self._scores: list[tuple[int, int]] = []
@@ -183,28 +187,30 @@ class FakeEngine:
                 if not len(allowed):
                     raise RuntimeError(f"draw {row}: no token can be chosen: all are masked")
                 token_id = int(allowed[np.searchsorted(allowed, token_id) % len(allowed)])
-            num_tops = draw.params.logprobs or 0
-            tops = [((token_id + i) % self.info.vocab_size, -0.5 - i) for i in range(num_tops)]
-            sampled.append(Sampled(token_id, -0.5, tops))
+            if draw.params.logprobs is None:
+                sampled.append(Sampled(token_id))
+                continue
+            tops = [(token, self._logprob(digest, token)) for token in self._tops(digest, draw.params.logprobs)]
+            sampled.append(Sampled(token_id, self._logprob(digest, token_id), tops))
         return sampled
 
     def _logprob(self, digest: int, token: int) -> float:
-        return -((digest ^ token) % 1000 + 1) / 100.0
+        return float(self._logprobs[(token - digest) % self.info.vocab_size])
+
+    def _tops(self, digest: int, count: int) -> list[int]:
+        return [(digest + i) % self.info.vocab_size for i in range(count)]
 
     def logits(self) -> NDArray[np.float32]:
-        """One-hot rows of the digest's token."""
-        rows = np.zeros((len(self._logits), self.info.vocab_size), np.float32)
-        for row, digest in zip(rows, self._logits, strict=True):
-            row[digest % self.info.vocab_size] = 1.0
-        return rows
+        """The log-probabilities themselves."""
+        rows = [np.roll(self._logprobs, digest % self.info.vocab_size) for digest in self._logits]
+        return np.array(rows, np.float32).reshape(len(rows), self.info.vocab_size)
 
     def scores(self) -> Scores:
-        """A value that depends on the digest and the target."""
-        k = self._num_tops
+        """Of each row's target, and the likeliest ones."""
         logprob = np.array([self._logprob(d, t) for d, t in self._scores], np.float32)
-        ids = np.array([[(d + i) % self.info.vocab_size for i in range(k)] for d, _ in self._scores], np.int32)
-        shape = (len(self._scores), k)
-        return Scores(logprob, ids.reshape(shape), np.broadcast_to(-0.5 - np.arange(k, dtype=np.float32), shape))
+        shape = (len(self._scores), self._num_tops)
+        ids = np.array([self._tops(d, self._num_tops) for d, _ in self._scores], np.int32).reshape(shape)
+        return Scores(logprob, ids, np.broadcast_to(self._logprobs[: self._num_tops], shape))
 
     def density(self, block_ids: Sequence[int]) -> list[float]:
         """Some numbers that depend on the blocks' contents."""
