@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 from tests.needs import needs
@@ -51,6 +52,15 @@ def feed(one: Matcher, text: str) -> bool:
     ends = [one.accept(byte) for byte in raw]
     assert not any(ends[:-1])
     return ends[-1]
+
+
+def fits(one: Matcher, text: str) -> bool:
+    """Whether all of it may be drawn, byte by byte, and be the end."""
+    for byte in text.encode():
+        if bytes([byte]) not in allowed(one):
+            return False
+        one.accept(byte)
+    return b"<stop>" in allowed(one)
 
 
 def test_only_what_fits_may_follow(grammars: Grammars) -> None:
@@ -112,6 +122,9 @@ def test_digits_of_a_regex_are_ascii(grammars: Grammars) -> None:
         'start: %json {"const": -9223372036854775808}',
         'start: %json {"enum": ["a", -9223372036854775807]}',
         'start: %json {"type": "integer", "minimum": -9223372036854775807,"maximum":-9223372036854775800}',
+        'start: %json {"type": "integer", "const": -1e19}',
+        'start: %json {"type": "integer", "enum": [1,-93.0E+17]}',
+        'start: %json {"allOf": [{"type": "integer", "minimum": -1e308}, {"maximum": -1e308}]}',
     ],
 )
 def test_what_cannot_be_enforced_is_refused(grammars: Grammars, lark: str) -> None:
@@ -126,15 +139,56 @@ def test_large_integers_may_be_asked_for(grammars: Grammars) -> None:
     assert feed(matcher(grammars, Grammar(f'start: %json {{"const": {digits}}}', "s")), digits)
 
 
-def test_an_integer_near_the_least_ends_a_process_on_any_stack() -> None:
+WHOLE = {"type": "integer"}
+TAKEN_FOR_OTHERS = [
+    {"const": 2**53 + 1},
+    {"const": 10**400},
+    {"enum": ["a", {"b": [123456789012345678]}]},
+    {"type": "object", "properties": {"id": WHOLE | {"minimum": 999999999999999999}}},
+    {"items": WHOLE | {"exclusiveMaximum": 2**64 - 1}},
+    {"anyOf": [WHOLE | {"minimum": -999999999999999999}, {"type": "null"}]},
+]
+
+
+@pytest.mark.parametrize("schema", TAKEN_FOR_OTHERS)
+def test_integers_that_would_be_taken_for_others_are_refused(schema: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequest, match=r"field 's' cannot be enforced: it holds -?\d+, which would be") as caught:
+        of_schema(schema, "s")
+    assert caught.value.param == "s"
+    with pytest.raises(InvalidRequest, match="field 'grammar' cannot be enforced"):
+        grammar(grammar="start: %json " + msgspec.json.encode(schema).decode())
+
+
+def test_the_control_of_those_is_taken_for_another(grammars: Grammars) -> None:
+    lark = 'start: %json {"const": 9007199254740993}'
+    assert feed(matcher(grammars, Grammar(lark, "s")), "9007199254740992"), "`_check_exact` is no longer needed"
+
+
+@pytest.mark.parametrize(
+    ("schema", "least", "most"),
+    [
+        (WHOLE | {"minimum": 2**53 - 1, "maximum": 2**53}, 2**53 - 1, 2**53),
+        (WHOLE | {"minimum": 2**63 - 2048, "maximum": 2**63 - 1}, 2**63 - 2048, 2**63 - 1),
+        (WHOLE | {"minimum": -(10**18), "maximum": -(10**18) + 1024}, -(10**18), -(10**18) + 1024),
+    ],
+)
+def test_bounds_that_are_held_exactly_are_kept_to_the_last_digit(
+    grammars: Grammars, schema: dict[str, object], least: int, most: int
+) -> None:
+    one = matcher(grammars, of_schema(schema | {"examples": [2**53 + 1], "default": 2**64 - 1}, "s"))
+    assert [fits(one.fork(), str(n)) for n in (least - 1, least, most, most + 1)] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("schema", ['{"const": -9223372036854775808}', '{"type": "integer", "const": -1e19}'])
+def test_an_integer_near_the_least_ends_a_process_on_any_stack(schema: str) -> None:
     """The control of those above: what llguidance does with it."""
     script = (
-        "import llguidance as g\n"
-        "m = g.LLMatcher(g.LLTokenizer('byte'), 'start: %json {\"const\": -9223372036854775808}', log_level=0)\n"
+        "import llguidance as g, sys\n"
+        "m = g.LLMatcher(g.LLTokenizer('byte'), sys.argv[1], log_level=0)\n"
         "print('survived', m.is_error())\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode < 0, f"{done.stdout}: llguidance no longer needs `_ENDLESS` in engine/grammar.py"
+    done = subprocess.run([sys.executable, "-c", script, f"start: %json {schema}"], capture_output=True, text=True)
+    assert done.returncode < 0, f"{done.stdout}: llguidance no longer needs `LEAST` in engine/grammar.py"
 
 
 def test_options_that_would_loosen_it_do_not(grammars: Grammars) -> None:

@@ -5,14 +5,15 @@
     choice            the output is one of these texts
     grammar           a Lark grammar as llguidance reads it, with a rule `start`
 
-What cannot be enforced is refused, never ignored: here if it is no schema at all, by the engine process if it is one
-that llguidance does not do. JSON comes in one line with one space after ',' and ':'; left to themselves, small models
-lose their way in white space.
+What cannot be enforced is refused, never ignored: here if it is no schema at all or has integers that llguidance would
+take for others, by the engine process if it is one that llguidance does not do. JSON comes in one line with one space
+after ',' and ':'; left to themselves, small models lose their way in white space.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -30,6 +31,9 @@ _JSON_OPTIONS = {
     "coerce_one_of": False,
     "lenient": False,
 }
+_EXACT = frozenset({"const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
+"""Words of a schema whose integers must be met to the last digit."""
+_LONG = re.compile(r'(?<![\w".])-?\d{16,}(?![\w".])')
 _SPECIAL = re.compile(r"\\.|[/\n]", re.DOTALL)
 _ESCAPES = {
     "/": r"\/",
@@ -55,6 +59,8 @@ def grammar_of(body: Sampling) -> Grammar | None:
     if body.choice is not None:
         return _of_choice(body.choice)
     if body.grammar is not None:
+        if "%json" in body.grammar:
+            _check_exact((int(digits[:40]) for digits in _LONG.findall(body.grammar)), "grammar")
         return _checked(body.grammar, "grammar")
     return _of_format(body.response_format)
 
@@ -67,9 +73,37 @@ def of_schema(schema: Any, param: str) -> Grammar:
         raise InvalidRequest(f"field '{param}' has 'x-guidance', which may loosen the schema", param=param)
     try:
         text = msgspec.json.encode(schema | {"x-guidance": _JSON_OPTIONS}).decode()
+        _check_exact(_demanded(schema), param)
     except RecursionError:
         raise InvalidRequest(f"field '{param}' is not accepted: it is nested too deeply", param=param) from None
     return _checked(f"start: %json {text}", param)
+
+
+def _demanded(schema: Any, is_exact: bool = False) -> Iterator[int]:
+    """Integers that a schema demands something of, not those of its defaults and examples."""
+    match schema:
+        case bool():
+            return
+        case int() if is_exact:
+            yield schema
+        case list():
+            for each in schema:
+                yield from _demanded(each, is_exact)
+        case dict():
+            for word, value in schema.items():
+                yield from _demanded(value, is_exact or word in _EXACT)
+
+
+def _check_exact(integers: Iterable[int], param: str) -> None:
+    """llguidance keeps each as a double, cut to 64 bits: some become other integers, and those would be enforced."""
+    for integer in integers:
+        kept = min(int(float(min(max(integer, -(1 << 63)), 1 << 63))), (1 << 63) - 1)
+        if kept != integer:
+            raise InvalidRequest(
+                f"field '{param}' cannot be enforced: it holds {str(integer)[:40]}, which would be taken for {kept}. "
+                f"Expected integers of at most 2^53 ({1 << 53}), which are kept exactly.",
+                param=param,
+            )
 
 
 def _is_text(name: str, value: Any) -> bool:

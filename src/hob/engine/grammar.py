@@ -47,9 +47,10 @@ LIMITS: dict[str, Any] = {
 MAX_SHOWN_CHARS = 200
 _SHOWN_SOURCE = re.compile(r"\s*\d+ \||\s*\^|<non-verbose/>")
 """Lines in which llguidance shows the grammar; ours differs from what the caller wrote."""
-_ENDLESS = re.compile(r'(?<![\w"])-\d{19,}')
-"""Integers of schemas for which llguidance's expression for a range of numbers (1.7) calls itself without end, on any
-stack: those near -2^63."""
+_NEGATIVE = re.compile(r'(?<![\w"])-\d+(?:\.\d+)?(?:[eE][+-]?\d+)?')
+LEAST = -1e18
+"""Numbers of schemas below it are refused: of -2^63, and of what is cut to it (-1e19), llguidance's expression for a
+range of integers (1.7 to 1.9) calls itself without end, on any stack."""
 _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 
 
@@ -114,9 +115,10 @@ class Grammars:
 
         if len(grammar.lark.encode()) > MAX_GRAMMAR_BYTES:
             raise InvalidRequest(f"a grammar has more than {MAX_GRAMMAR_BYTES:,} bytes", param=grammar.param)
-        if "%json" in grammar.lark and (found := _ENDLESS.search(grammar.lark)):
+        numbers = _NEGATIVE.findall(grammar.lark) if "%json" in grammar.lark else []
+        if endless := next((number for number in numbers if float(number) < LEAST), None):
             raise InvalidRequest(
-                f"field '{grammar.param}' cannot be enforced: it holds {found[0]:.40}. Expected integers above -10^18.",
+                f"field '{grammar.param}' cannot be enforced: it holds {endless:.40}. Expected numbers from -10^18 up.",
                 param=grammar.param,
             )
         if self._tokenizer is None:
