@@ -1,5 +1,7 @@
 """Hostile files and texts against the sanitized compute core: `python -m tests.fuzz [TARGET ...] [--seconds 600]`.
 
+`--jobs 2` fuzzes two targets at a time; `--json` prints the table at the end as one JSON object as well.
+
     targets.py     what is fuzzed, from valid inputs of our own making to a step of the engine
     mutations.py   how inputs are changed
     worker.py      the process that runs them
@@ -20,7 +22,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tests.fuzz.targets import TARGETS
@@ -36,17 +39,19 @@ PLANTED = {"died", "KeyError", "hung"}
 class Tally:
     """What came of one target."""
 
+    seconds: float = 0.0
     runs: int = 0
     cpu_s: float = 0.0
     outcomes: int = 0
     slowest_s: float = 0.0
     findings: Counter[str] = field(default_factory=Counter)
 
-    def line(self, name: str, seconds: float) -> str:
+    def line(self, name: str) -> str:
         """For the table of docs/results.md."""
         slowest = f"{self.slowest_s:.2f} s"
         found = ", ".join(f"{kind} {count}" for kind, count in self.findings.items()) or "none"
-        return f"| {name} | {seconds:.0f} | {self.cpu_s:.0f} | {self.runs:,} | {self.outcomes} | {slowest} | {found} |"
+        spent = f"{self.seconds:.0f} | {self.cpu_s:.0f}"
+        return f"| {name} | {spent} | {self.runs:,} | {self.outcomes:,} | {slowest} | {found} |"
 
 
 class Watcher:
@@ -67,7 +72,8 @@ class Watcher:
 
     def run(self, seconds: float, max_runs: int | None = None, seed: int = 1, until: set[str] | None = None) -> Tally:
         """Also ends when `max_runs` inputs were run, or all kinds of finding in `until` were made."""
-        end = time.monotonic() + seconds
+        start = time.monotonic()
+        end = start + seconds
         try:
             while time.monotonic() < end and (max_runs is None or self.tally.runs < max_runs):
                 if until is not None and set(self.tally.findings) >= until:
@@ -78,6 +84,7 @@ class Watcher:
                 seed += 1
             return self.tally
         finally:
+            self.tally.seconds = time.monotonic() - start
             shutil.rmtree(self._work, ignore_errors=True)
 
     def _worker(self, end: float, seed: int, max_runs: int) -> None:
@@ -167,16 +174,28 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", default=names, help=", ".join(names))
     parser.add_argument("--seconds", type=float, default=600, help="for each target")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="targets at a time")
+    parser.add_argument("--json", action="store_true", help="print the tallies as one JSON object at the end")
     args = parser.parse_args()
     python, env = sanitized()
     folder = REPOSITORY / "build" / "fuzz"
     check_it_finds(python, env, folder)
-    print("| target | seconds | of CPU | inputs run | ways they ended | slowest | findings |", flush=True)
-    num_findings = 0
-    for name in args.targets:
+
+    def fuzz(name: str) -> Tally:
         tally = Watcher(name, python, env, folder).run(args.seconds, seed=args.seed)
-        print(tally.line(name, args.seconds), flush=True)
-        num_findings += tally.findings.total()
+        print(f"{name}: {tally.runs:,} inputs, findings {dict(tally.findings)}", flush=True)
+        return tally
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        tallies = dict(zip(args.targets, pool.map(fuzz, args.targets), strict=True))
+    print("| target | seconds | of CPU | inputs run | ways they ended | slowest | findings |\n" + "|---" * 7 + "|")
+    for name, tally in tallies.items():
+        print(tally.line(name))
+    if args.json:
+        print(json.dumps({name: asdict(tally) for name, tally in tallies.items()}))
+    num_findings = sum(tally.findings.total() for tally in tallies.values())
+    where = f", kept in {folder}/TARGET/findings" if num_findings else ""
+    print(f"{sum(tally.runs for tally in tallies.values()):,} inputs, {num_findings} findings{where}", file=sys.stderr)
     return int(num_findings > 0)
 
 
