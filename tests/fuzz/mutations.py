@@ -17,7 +17,8 @@ Field = tuple[int, int]
 NUMBERS = (0, 1, 2, 3, 7, 8, 31, 32, 255, 256, 4096, 65535, 65536, (1 << 24) + 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
 WIDE_NUMBERS = (*NUMBERS, 1 << 32, 1 << 40, (1 << 62) // 18, (1 << 63) - 1, 1 << 63, (1 << 64) - 32, (1 << 64) - 1)
 FLOATS = (0.0, -0.0, 1e-45, 1e38, -1e38, float("inf"), float("-inf"), float("nan"))
-VALUES: tuple[Any, ...] = (*WIDE_NUMBERS, -1, -(1 << 63), 0.5, -1e19, 1e308, -1e308, "", "x", None, True, False, [], {}, [[]])
+ODD_NUMBERS = (-1, -(1 << 63), 0.5, -1e19, 1e308, -1e308)
+VALUES: tuple[Any, ...] = (*WIDE_NUMBERS, *ODD_NUMBERS, "", "x", None, True, False, [], {}, [[]])
 _PIECE = re.compile(r"\s+|\w+|.", re.DOTALL)
 
 
