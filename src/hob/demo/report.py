@@ -25,6 +25,11 @@ def print_title(console: Console, number: int, text: str) -> None:
     console.print(f"\n[bold cyan]{number}[/]  [bold]{text}[/]")
 
 
+def print_round(console: Console, text: str) -> None:
+    """A part goes on with another round."""
+    console.print(f"\n   [bold]{text}[/]")
+
+
 def print_answers(console: Console, run: Run) -> None:
     """A little of what each program got."""
     labels = run.figures["labels"].finished

@@ -95,8 +95,10 @@ class Story:
 
     def copies(self, name: str, own_files: bool) -> Run:
         """3. The same work by private copies. The shared daemon rests meanwhile and is not counted."""
-        how = "each with a model file of its own" if own_files else "which map one model file"
-        report.print_title(self._console, 3, f"The same work by three private copies, {how}")
+        if own_files:
+            report.print_round(self._console, "and with a model file each")
+        else:
+            report.print_title(self._console, 3, "The same work by three private copies, which map one model file")
         houses = []
         for program in PROGRAMS:
             home = f"{'own' if own_files else 'map'}-{program}"
