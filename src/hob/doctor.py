@@ -114,10 +114,10 @@ def _daemon(config: Config) -> Finding:
     state = RunDir(config.socket_path).read_state()
     if state is None:
         owner = owner_of_port(config.server.port) if config.server.port else None
-        if owner and "hob" not in owner:
-            return Finding(
-                "daemon", "bad", f"port {config.server.port} is in use by {owner}", "End that program, or set HOB_PORT."
-            )
+        if owner is not None:
+            says = f"none runs on {config.socket_path}, and port {config.server.port} is in use by {owner}"
+            end = f"HOB_SOCKET={owner.socket_path} hob stop" if owner.socket_path else "End that program"
+            return Finding("daemon", "bad", says, f"{end}, or set HOB_PORT=0 for a free port.")
         return Finding("daemon", "ok", "none runs; the first command that needs one starts it")
     from hob.client import Client
 

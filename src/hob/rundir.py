@@ -208,9 +208,7 @@ def bind_tcp(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            owner = owner_of_port(port)
-            used = f"port in use by {owner}" if owner else "port in use by another program"
-            raise AlreadyRunning(f"cannot start on {host}:{port}, {used}. Use `hob stop`, or --port.") from None
+            raise AlreadyRunning(f"cannot start on {host}:{port}: {_held_by(port)}") from None
         raise ConfigError(f"cannot start on {host}:{port}: {error.strerror}. Choose another --port.") from error
     return listener
 
@@ -225,8 +223,35 @@ def check_loopback(listener: socket.socket) -> None:
         )
 
 
-def owner_of_port(port: int) -> str | None:
-    """'pid 4121 (hob serve)' of the process that listens on a TCP port, as far as /proc tells us."""
+@dataclass(frozen=True)
+class PortOwner:
+    """The process that listens on a TCP port, as far as /proc tells us."""
+
+    pid: int
+    socket_path: Path | None
+    """Of the daemon that it is. None: it is another program."""
+
+    def __str__(self) -> str:
+        """'pid 4121 (hob serve)'"""
+        return f"pid {self.pid} ({command_of(self.pid)})"
+
+
+def _held_by(port: int) -> str:
+    """Who has a port, and what to do: for the end of an error."""
+    owner = owner_of_port(port)
+    if owner is None or owner.socket_path is None:
+        return (
+            f"the port is in use by {owner or 'another program'}. End that program, or set HOB_PORT=0 for a free port."
+        )
+    return (
+        f"the port is held by another daemon, {owner}, on '{owner.socket_path}'. Use that one with "
+        f"HOB_SOCKET={owner.socket_path}, end it with `HOB_SOCKET={owner.socket_path} hob stop`, or set HOB_PORT=0 for "
+        "a free port."
+    )
+
+
+def owner_of_port(port: int) -> PortOwner | None:
+    """None if nobody listens there, or one whom we cannot look into."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
@@ -236,10 +261,21 @@ def owner_of_port(port: int) -> str | None:
                     inodes.add(f"socket:[{columns[9]}]")
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if any(os.readlink(link) in inodes for link in (process / "fd").iterdir()):
-                return f"pid {process.name} ({command_of(int(process.name))})"
+            links = {os.readlink(link) for link in (process / "fd").iterdir()}
         except OSError:
             continue  # another user's, or gone
+        if links & inodes:
+            return PortOwner(int(process.name), _daemon_of(int(process.name), links))
+    return None
+
+
+def _daemon_of(pid: int, links: set[str]) -> Path | None:
+    """The Unix socket of the daemon that a process is: of those that it listens on, the one whose lock it holds."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+            columns = line.split(maxsplit=7)
+            if len(columns) == 8 and f"socket:[{columns[6]}]" in links and RunDir(Path(columns[7])).holder() == pid:
+                return Path(columns[7])
     return None
 
 

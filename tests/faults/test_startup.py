@@ -41,8 +41,18 @@ def test_a_model_file_that_is_none_is_refused() -> None:
 def test_a_port_that_is_taken_names_port_and_owner() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other, short_folder() as home:
         port = other.getsockname()[1]
-        refused(home, f"127.0.0.1:{port}", f"pid {os.getpid()}", "`hob stop`", "--port", port=port)
+        refused(home, f"127.0.0.1:{port}", f"pid {os.getpid()}", "HOB_PORT=0", port=port)
         assert not (home / "run" / "hob.sock").exists()
+
+
+def test_a_port_that_another_daemon_has_names_its_socket_and_the_next_command() -> None:
+    with running() as daemon, short_folder() as home:
+        port, path = daemon.state.port, daemon.rundir.socket_path
+        refused(home, f"pid {daemon.process.pid}", f"`HOB_SOCKET={path} hob stop`", "HOB_PORT=0", port=port)
+        found = hob(home, "doctor", port=port)
+        assert found.returncode == 1
+        assert f"HOB_SOCKET={path} hob stop" in found.stdout
+        assert hob(home, "stop", socket=path).stdout == f"stopped (pid {daemon.process.pid})\n"
 
 
 def test_a_second_daemon_names_the_first_and_leaves_it_alone() -> None:

@@ -55,7 +55,9 @@ def chat(system: System = None, max_tokens: MaxTokens = 512, temperature: Temper
     /reset   forget the conversation
     /exit    leave; so does Ctrl-D
 
-    Without a terminal each line of stdin is one turn: printf 'Hi\\nAnd again\\n' | hob chat
+    \b
+    Without a terminal each line of stdin is one turn:
+    printf 'Hi\\nAnd again\\n' | hob chat
     """
     at_terminal = sys.stdin.isatty()
     history = _with_system(system, [])
