@@ -247,6 +247,8 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     """Score: at the end, log p of each scored token. Prompt: len(prompt) - 1 values; continuation: its length."""
     score_tops: list[list[Top]] = []
     """Score: for each of `scores`, the most likely tokens in its place, if asked for."""
+    end: Sampled | None = None
+    """The stop token that ended the sequence, which is none of its output, if log-probabilities are asked for."""
     embedding: bytes = b""
     """Embed: (pools, layers, hidden_size) float32, not normalised. A head may want thousands of values."""
     finish_reason: FinishReason | None = None

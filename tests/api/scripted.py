@@ -12,7 +12,7 @@ from typing import Any
 
 from hob.errors import HobError
 from hob.messages import ModelInfo, Stats
-from hob.request import FinishReason, Kind, OutputError, Request, SequenceOutput, Top, Usage
+from hob.request import FinishReason, Kind, OutputError, Request, Sampled, SequenceOutput, Top, Usage
 from hob.service.outputs import Outputs
 
 STOP_ID = 256
@@ -147,6 +147,8 @@ class ScriptedBackend:
             lane = [self._output(request, index, token_id) for token_id in script]
             last = SequenceOutput(request.request_id, index) if reason is FinishReason.STOP or not lane else lane.pop()
             last.finish_reason = reason
+            if reason is FinishReason.STOP and params.logprobs is not None:
+                last.end = Sampled(STOP_ID, score_of(STOP_ID), tops_of(STOP_ID, params.logprobs))
             last.usage = Usage(len(request.token_ids), self.num_cached, len(script))
             lanes.append([*lane, last])
         longest = max(map(len, lanes))

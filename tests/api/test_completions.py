@@ -60,6 +60,22 @@ def test_echo_with_logprobs_is_the_likelihood_of_the_prompt(
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_the_token_that_ends_a_reply_is_among_its_logprobs(
+    client: openai.OpenAI, backend: ScriptedBackend, stream: bool
+) -> None:
+    """lm-eval asks for one token after an echo and takes all but the last log-probability for the echo's."""
+    backend.script = lambda request, index: []
+    reply = client.completions.create(model=MODEL, prompt="ab", echo=True, logprobs=2, max_tokens=1, stream=stream)
+    chunks = list(reply) if stream else [reply]
+    found = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "ab"
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert [x for f in found for x in f.tokens] == ["a", "b", "<stop>"]
+    assert [x for f in found for x in f.token_logprobs] == [None, score_of(98), score_of(256)]
+    assert [x for f in found for x in f.text_offset] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_max_tokens_0_scores_only(client: openai.OpenAI, backend: ScriptedBackend, stream: bool) -> None:
     reply = client.completions.create(model=MODEL, prompt="abc", echo=True, logprobs=0, max_tokens=0, stream=stream)
     choice = (next(iter(reply)) if stream else reply).choices[0]

@@ -194,9 +194,11 @@ async def _score_prompt(call: Call, prompt: Prompt) -> Logprobs:
 
 
 def _delta_logprobs(tokenizer: TextCodec, prompt: Prompt, delta: Delta) -> Logprobs | None:
+    """A stop token is the last of them: who asks for one token after an echo counts on one entry after the echo's."""
     if prompt.request.sampling.logprobs is None:
         return None
-    return _logprobs(tokenizer, delta.scores, len(prompt.text))
+    ended = [] if delta.end is None else [delta.end]
+    return _logprobs(tokenizer, delta.scores + ended, len(prompt.text))
 
 
 def _logprobs(tokenizer: TextCodec, scores: list[TokenScore], shift: int) -> Logprobs:

@@ -38,6 +38,8 @@ class Delta:
     scores: list[TokenScore]
     """Of the tokens that begin in the text given so far, if log-probabilities were asked for."""
     finish_reason: FinishReason | None = None
+    end: TokenScore | None = None
+    """Of the stop token that ended the choice, if log-probabilities were asked for. It is no part of the text."""
 
 
 @dataclass(slots=True)
@@ -125,6 +127,8 @@ class ChoiceText:
             return self._finish(shown, FinishReason.STOP)
         delta = self._finish(shown + self._stops.flush(), output.finish_reason)
         delta.scores += self._waiting
+        if output.end is not None:
+            delta.end = TokenScore(output.end.token_id, output.end.logprob, output.end.tops, self._num_shown)
         return delta
 
     def _decode(self, raw: bytes, is_end: bool = False) -> str:

@@ -483,7 +483,9 @@ class Scheduler:
             self._app(request.app).last_ttft_s = now - sequence.arrival_s
         sampling = request.sampling
         if token.token_id in sampling.stop_token_ids:
-            return self._finish(sequence, FinishReason.STOP, now)
+            stopped = self._finish(sequence, FinishReason.STOP, now)
+            stopped.end = None if sampling.logprobs is None else token
+            return stopped
         sequence.token_ids.append(token.token_id)
         self._app(request.app).num_output_tokens += 1
         is_full = sequence.num_generated >= sampling.max_tokens or sequence.num_tokens >= self.context_length
