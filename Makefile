@@ -19,6 +19,9 @@ FOLDERS := $(shell find src -type d -not -name __pycache__)
 # Tests start some hundred Python processes: let the first one leave its compiled modules to the others.
 unexport PYTHONDONTWRITEBYTECODE
 
+# Before a quiet command: a dot every two seconds, so that nobody has to guess whether it hangs.
+TICKS := while sleep 2 && kill -0 $$$$ 2>/dev/null; do printf .; done &
+
 .PHONY: demo test test-sanitize lint bench docs wheel clean
 
 demo: $(VENV)/.demo
@@ -53,17 +56,20 @@ wheel: $(VENV)/.tools
 $(VENV)/.tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Hob needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@command -v $(or $(CXX),c++) >/dev/null || { echo "Hob needs a C++20 compiler, e.g. apt install g++"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet 'scikit-build-core>=0.11' 'nanobind>=2.9' 'cmake>=3.22' ninja
-	touch $@
+	@echo "making $(VENV), with the tools of the build"
+	@$(TICKS) test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(TICKS) $(PIP) install --quiet 'scikit-build-core>=0.11' 'nanobind>=2.9' 'cmake>=3.22' ninja
+	@echo; touch $@
 
 $(VENV)/.demo: $(VENV)/.tools $(NATIVE) $(FOLDERS)
-	$(PIP) install --no-build-isolation '.[demo]'
-	touch $@
+	@echo "building the compute core and installing Hob: a minute or two"
+	@$(TICKS) $(PIP) install --quiet --no-build-isolation '.[demo]'
+	@echo; touch $@
 
 $(VENV)/.test: $(VENV)/.tools $(NATIVE) $(FOLDERS)
-	$(PIP) install --no-build-isolation --editable '.[test]'
-	touch $@
+	@echo "building the compute core and installing Hob with what its tests need: some minutes the first time"
+	@$(TICKS) $(PIP) install --quiet --no-build-isolation --editable '.[test]'
+	@echo; touch $@
 
 clean:
 	rm -rf build dist $(VENV)

@@ -104,6 +104,7 @@ class Story:
             home = f"{'own' if own_files else 'map'}-{program}"
             model = self._copy_model(self._folder / home) if own_files else self._model
             houses.append(self._house(home, model, weights="copy" if own_files else "map").start())
+        self._console.print("  three daemons start")
         for house in houses:
             house.wait()
         run = self._run(name, houses)
@@ -193,5 +194,5 @@ def _check_openai() -> None:
         import openai  # noqa: F401
     except ImportError:
         raise UserError(
-            "`hob demo` uses the openai client, which is not installed: pip install 'hob-slm[demo]'"
+            f"`hob demo` uses the openai client, which is not installed: {sys.executable} -m pip install openai"
         ) from None
