@@ -121,9 +121,7 @@ class RunDir:
         if not _try_lock(descriptor):
             pid = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
             os.close(descriptor)
-            raise AlreadyRunning(
-                f"a daemon is already running on '{self.socket_path}' (pid {pid}). Use `hob stop`, or another --socket."
-            )
+            raise already_running(self.socket_path, pid)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._lock_fd = descriptor
@@ -185,6 +183,13 @@ class RunDir:
         os.ftruncate(self._lock_fd, 0)
         os.close(self._lock_fd)
         self._lock_fd = None
+
+
+def already_running(socket_path: Path, pid: int | str) -> AlreadyRunning:
+    """The error that names the daemon of a path."""
+    return AlreadyRunning(
+        f"a daemon is already running on '{socket_path}' (pid {pid}). Use `hob stop`, or another --socket."
+    )
 
 
 def _try_lock(descriptor: int) -> bool:

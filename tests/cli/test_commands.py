@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from hob.cli.main import app
 from hob.memory import is_running
@@ -49,6 +51,29 @@ def test_each_help_teaches_with_an_example(command: str, tmp_path: Path) -> None
     assert done.returncode == 0
     body = done.stdout.split("Options:")[0]
     assert f"hob {command}" in body.split("\n", 2)[2] or command in ("stop", "rm", "list"), body
+
+
+def commands_of(group: Any, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in group.commands.items():
+        yield from commands_of(command, (*words, name)) if hasattr(command, "commands") else [((*words, name), command)]
+
+
+def test_each_help_of_a_groups_command_teaches_with_an_example() -> None:
+    found = [each for each in commands_of(typer.main.get_command(app), ("hob",)) if len(each[0]) > 2]
+    assert len(found) > 10
+    for words, command in found:
+        assert " ".join(words) in command.help, words
+
+
+def test_a_task_that_is_not_there_leaves_no_file_and_a_failed_training_says_why(daemon: Daemon, tmp_path: Path) -> None:
+    data, out = tmp_path / "few.csv", tmp_path / "out.csv"
+    data.write_text("text,label\nHello,a\nGoodbye,b\n")
+    assert "no task 'few'" in one_line(hob(daemon.home, "task", "run", "few", "--data", data, "--output", out).stderr)
+    assert not out.exists()
+    done = hob(daemon.home, "task", "train", "few", "--data", data)
+    assert done.returncode == 2
+    assert "label" in done.stderr
+    assert hob(daemon.home, "task", "show", "few").stdout.startswith("few: not trained. ")
 
 
 def test_top_draws_what_json_says(daemon: Daemon) -> None:
@@ -154,6 +179,9 @@ def test_serve_background_prints_where_it_is() -> None:
         try:
             assert done.returncode == 0, done.stderr
             assert "http://127.0.0.1:" in done.stdout
+            again = hob(home, "serve", "--background")
+            assert (again.returncode, again.stdout) == (2, "")
+            assert "a daemon is already running" in one_line(again.stderr)
         finally:
             assert hob(home, "stop").returncode == 0
 

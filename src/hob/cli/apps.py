@@ -62,7 +62,11 @@ def socket(name: Name, json: Json = False) -> None:
 
 @group.command(name="list")
 def list_apps(json: Json = False) -> None:
-    """List the apps that have a key or a socket."""
+    """List the apps that have a key or a socket.
+
+    \b
+    hob app list
+    """
     import time
 
     from hob.cli.output import print_json, print_table
@@ -82,7 +86,11 @@ def list_apps(json: Json = False) -> None:
 
 @group.command()
 def rm(name: Name) -> None:
-    """Take back an app's key and socket."""
+    """Take back an app's key and socket.
+
+    \b
+    hob app rm notes
+    """
     from hob.client import Client
     from hob.errors import NotFound
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hob.config import Config
 from hob.errors import ServiceError, UserError
-from hob.rundir import DaemonState, RunDir
+from hob.rundir import DaemonState, RunDir, already_running
 
 START_TIMEOUT_S = 180.0
 """Packing a model for the first time takes some seconds; a slow disk more."""
@@ -29,7 +29,9 @@ def ensure_daemon(config: Config) -> DaemonState:
 
 
 def start_daemon(config: Config, flags: Mapping[str, Any]) -> DaemonState:
-    """Run a detached `hob serve` and wait until it answers. Raises the error it ended with."""
+    """Run a detached `hob serve` and wait until it answers. Raises the error it ended with, or AlreadyRunning."""
+    if (pid := RunDir(config.socket_path).holder()) is not None:
+        raise already_running(config.socket_path, pid)
     log_path = config.paths.home / "logs" / "hob.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     options = [word for name, value in flags.items() for word in _option(name, value)]

@@ -37,7 +37,11 @@ def pull(
 
 
 def list_models(json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """List models: those on this machine, and those that can be pulled."""
+    """List models: those on this machine, and those that can be pulled.
+
+    \b
+    hob list
+    """
     from hob.cli.output import human_bytes, print_json, print_table
     from hob.config import load_config
     from hob.models.catalog import Catalog
@@ -60,7 +64,11 @@ def list_models(json: Annotated[bool, typer.Option("--json", help="Print one JSO
 
 
 def rm(name: Annotated[str, typer.Argument(help="Name of a model on this machine.")]) -> None:
-    """Remove a model and what was packed from it."""
+    """Remove a model and what was packed from it.
+
+    \b
+    hob rm gemma3-270m
+    """
     from hob.config import load_config
     from hob.models.catalog import Catalog
 

@@ -39,7 +39,7 @@ def check(file: Annotated[Path | None, typer.Argument(help="Unset: the one in fo
         raise ConfigError(f"there is no file '{file}'")
     found = read_policy(path)
     there = f"{path}: right" if path.is_file() else f"{path} is not there: the built-in policy applies"
-    print(f"{there}; {len(found.app)} apps have rules of their own")
+    print(f"{there}; apps with rules of their own: {', '.join(sorted(found.app)) or 'none'}")
 
 
 @group.command()

@@ -60,7 +60,11 @@ def add(
 
 @group.command(name="list")
 def list_prompts(json: Json = False) -> None:
-    """List the public prompts."""
+    """List the public prompts.
+
+    \b
+    hob public list
+    """
     import time
 
     from hob.cli.output import print_json, print_table
@@ -86,7 +90,11 @@ def list_prompts(json: Json = False) -> None:
 
 @group.command()
 def rm(name: Name) -> None:
-    """Make a prompt private again."""
+    """Make a prompt private again.
+
+    \b
+    hob public rm house
+    """
     from hob.client import Client
 
     with Client() as client:

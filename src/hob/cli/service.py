@@ -56,7 +56,11 @@ def serve(
 
 
 def stop() -> None:
-    """Stop the daemon: requests in flight get a few seconds to finish."""
+    """Stop the daemon: requests in flight get a few seconds to finish.
+
+    \b
+    hob stop
+    """
     import signal
 
     from hob.config import load_config

@@ -46,7 +46,12 @@ def train(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Train a head in the background and wait for it. It replaces the one in use only if it is better."""
+    """Train a head in the background and wait for it. It replaces the one in use only if it is better.
+
+    \b
+    hob task train spam --data messages.csv
+    hob task train spam --data messages.csv --text-column body --label-column folder
+    """
     from hob.cli.output import print_json
     from hob.tasks.datasets import read_examples
 
@@ -90,6 +95,10 @@ def run(
     """Classify a text, or the rows of a file: the same rows come out with label, probability and out_of_domain.
 
     An abstention is an empty label.
+
+    \b
+    hob task run spam "Win a prize now"
+    hob task run spam --data new.csv --output sorted.csv
     """
     from hob.cli.output import print_json
     from hob.tasks import files
@@ -110,7 +119,11 @@ def run(
 
 @task.command(name="list")
 def list_tasks(json: Json = False) -> None:
-    """All trained tasks of the command line."""
+    """List the trained tasks of the command line.
+
+    \b
+    hob task list
+    """
     from hob.cli.output import print_json, print_table
 
     with connected() as client:
@@ -128,7 +141,11 @@ def list_tasks(json: Json = False) -> None:
 
 @task.command()
 def show(name: Name, json: Json = False) -> None:
-    """What a task is and how far it can be trusted."""
+    """Show what a task is and how far it can be trusted.
+
+    \b
+    hob task show spam
+    """
     from hob.cli.output import print_json, print_table
     from hob.tasks.files import trust_lines
 
@@ -138,7 +155,8 @@ def show(name: Name, json: Json = False) -> None:
         print_json(found)
         return
     if "trust" not in found:
-        print(f"{name}: {found['training']['step']}")
+        error = found["training"]["error"]
+        print(f"{name}: {found['training']['step']}" if error is None else f"{name}: not trained. {error['message']}")
         return
     print(
         f"{name} version {found['version']} of {found['model']} {found['quantisation']}: {', '.join(found['labels'])}"
@@ -150,7 +168,11 @@ def show(name: Name, json: Json = False) -> None:
 
 @task.command()
 def rm(name: Name) -> None:
-    """Forget a task with all its versions."""
+    """Forget a task with all its versions.
+
+    \b
+    hob task rm spam
+    """
     with connected() as client:
         client.delete_task(name)
 

@@ -136,7 +136,7 @@ def _fetch_hub(source: HubSource, spool_path: Path, work: Path, on_progress: Pro
     if importlib.util.find_spec("huggingface_hub") is None:
         raise ServiceError(
             f"{source} comes from Hugging Face, and the package for it is not installed. "
-            "Run `pip install 'hob-slm[hub]'` and pull again."
+            f"Run `{sys.executable} -m pip install huggingface_hub` and pull again."
         )
     with storage_errors(work, 0):
         work.mkdir(exist_ok=True)

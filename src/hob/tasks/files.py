@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ def classify_file(data: Path | None, output: Path | None, text_column: str, clas
     for i, row in enumerate(rows, 1):
         if not isinstance(row.get(text_column), str) or not row[text_column].strip():
             raise UserError(f"{data}, row {i}: no text in column '{text_column}'. Columns: {', '.join(map(str, row))}.")
+    answers = in_calls([row[text_column] for row in rows], classify)
+    begun = list(islice(answers, 1))  # before the file is made: a task that is not there shall leave none
     columns = list(dict.fromkeys(name for row in rows for name in row if name not in ADDED))
     file = sys.stdout if output is None else output.open("w", encoding="utf-8", newline="")
     try:
         writer = csv.DictWriter(file, [*columns, *ADDED], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        for row, answer in zip(rows, in_calls([row[text_column] for row in rows], classify), strict=True):
+        for row, answer in zip(rows, chain(begun, answers), strict=True):
             writer.writerow({**row, **_added(answer)})
     finally:
         if output is not None:

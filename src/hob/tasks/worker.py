@@ -85,8 +85,8 @@ def run(job: Job, client: Client) -> Outcome:
     check_labels(labels)
     try:
         from hob.tasks import train
-    except ImportError as error:
-        raise UserError(f"training needs scikit-learn ({error}). Install it: pip install 'hob-slm[tasks]'") from None
+    except ImportError:
+        raise UserError(f"training needs scikit-learn: {sys.executable} -m pip install scikit-learn") from None
     kept = train.sample([e.text for e in inside], labels)
     inside = [inside[i] for i in kept]
     gathered = train.gathered_features(job.num_layers, all(is_marked(e.text) for e in examples), job.max_tokens)
