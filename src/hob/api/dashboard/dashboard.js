@@ -242,7 +242,7 @@ function showModels(models) {
       kind: `${model.architecture}, ${number(model.num_parameters / 1e6)} M parameters, ${model.quantisation}`,
       weights: megabytes(model.weight_bytes),
       context: `${number(model.context_length)} tokens, ${number(model.kv_bytes_per_token)} bytes each`,
-      computes: `${model.isa} on ${model.num_threads} threads`,
+      computes: `${model.isa} on ${model.num_threads} thread${model.num_threads === 1 ? "" : "s"}`,
     });
     if (model.resident) {
       const { num_bytes, leases, is_pinned, idle_s } = model.resident;
