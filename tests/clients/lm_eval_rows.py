@@ -3,8 +3,9 @@
     python -m tests.clients.lm_eval_rows [--rows 100]
 
 HellaSwag, ARC-easy and PIQA rows of the data sets beside the repository; lm-eval's `local-completions` asks
-/v1/completions for echoed log-probabilities, ours scores each choice in the engine directly. Prints both, row by row
-equal or not. lm-eval wants the tokenizer as Hugging Face has it: made from the same GGUF file.
+/v1/completions for echoed log-probabilities, ours scores each choice in the engine directly. Prints both accuracies,
+the rows in which another choice wins, and the largest difference of a choice's sum. lm-eval wants the tokenizer as
+Hugging Face has it: made from the same GGUF file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +35,37 @@ from tests.model.runners import batch_of
 
 TASKS = ("hellaswag", "arc_easy", "piqa")
 MAX_ROWS = 512
+SHOWN = 10
+CLOSE = 1e-3
+"""Nats that a choice's sum may differ by without being shown."""
+Sums = list[list[float]]
+"""Of each row, the log-probability of each of its choices."""
 
 
-def choices_in_process(gguf: Path, rows: list[dict[str, Any]]) -> list[int]:
-    """The likeliest choice of each row, by the sum of its tokens' log-probabilities."""
+@dataclass
+class Compared:
+    """One task."""
+
+    rows: list[dict[str, Any]]
+    theirs: Sums
+    ours: Sums
+
+    def accuracy(self, sums: Sums) -> float:
+        """Share of rows whose likeliest choice is the right one."""
+        return float(np.mean([np.argmax(each) == row["answer"] for each, row in zip(sums, self.rows, strict=True)]))
+
+    def other_rows(self) -> list[int]:
+        """Rows in which another choice is the likeliest."""
+        pairs = zip(self.theirs, self.ours, strict=True)
+        return [i for i, (a, b) in enumerate(pairs) if np.argmax(a) != np.argmax(b)]
+
+    def apart(self, i: int) -> float:
+        """The largest difference of a sum in a row."""
+        return float(np.abs(np.subtract(self.theirs[i], self.ours[i])).max())
+
+
+def sums_in_process(gguf: Path, rows: list[dict[str, Any]]) -> Sums:
+    """By the engine alone, each choice after its context anew."""
     with open_gguf(gguf) as file:
         tokenizer = Tokenizer(file.metadata)
     engine = LocalEngine("model", ensure_packed(gguf), load_config(environ={})[0].engine, MAX_ROWS)
@@ -51,12 +81,12 @@ def choices_in_process(gguf: Path, rows: list[dict[str, Any]]) -> list[int]:
             batch.out[-1] = Out.NONE
             assert engine.forward(batch).is_done
             sums.append(float(engine.scores().logprob[num_context - 1 :].sum()))
-        found.append(int(np.argmax(sums)))
+        found.append(sums)
     engine.close()
     return found
 
 
-def choices_by_lm_eval(gguf: Path, rows_of: dict[str, list[dict[str, Any]]], folder: Path) -> dict[str, list[int]]:
+def sums_by_lm_eval(gguf: Path, rows_of: dict[str, list[dict[str, Any]]], folder: Path) -> dict[str, Sums]:
     """The same, as lm-eval's own log of samples has it."""
     tokenizer = folder / "tokenizer"
     save = (
@@ -95,35 +125,36 @@ def choices_by_lm_eval(gguf: Path, rows_of: dict[str, list[dict[str, Any]]], fol
     for name in rows_of:
         (path,) = (folder / "out").rglob(f"samples_hob_{name}_*.jsonl")
         samples = sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
-        found[name] = [int(np.argmax([float(answer[0]) for answer in sample["filtered_resps"]])) for sample in samples]
+        found[name] = [[float(answer[0]) for answer in sample["filtered_resps"]] for sample in samples]
     return found
 
 
-def compare(gguf: Path, data: Path, num_rows: int) -> dict[str, tuple[float, float, int]]:
-    """Accuracy by lm-eval, accuracy in this process, rows on which they differ."""
+def compare(gguf: Path, data: Path, num_rows: int, tasks: Sequence[str] = TASKS) -> dict[str, Compared]:
+    """The first rows of each task, by lm-eval and in this process."""
     rows_of = {
         name: [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()[:num_rows]]
-        for name in TASKS
+        for name in tasks
     }
     with tempfile.TemporaryDirectory() as folder:
-        theirs = choices_by_lm_eval(gguf, rows_of, Path(folder))
-    result = {}
-    for name, rows in rows_of.items():
-        ours = choices_in_process(gguf, rows)
-        answers = [row["answer"] for row in rows]
-        accuracies = [float(np.mean(np.array(found) == answers)) for found in (theirs[name], ours)]
-        result[name] = (accuracies[0], accuracies[1], int(np.sum(np.array(theirs[name]) != ours)))
-    return result
+        theirs = sums_by_lm_eval(gguf, rows_of, Path(folder))
+    return {name: Compared(rows, theirs[name], sums_in_process(gguf, rows)) for name, rows in rows_of.items()}
 
 
 def main() -> None:
     """Run and tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100)
+    parser.add_argument("--tasks", default=",".join(TASKS))
     args = parser.parse_args()
     gguf = REPOSITORY / ".cache/hob/models/smollm2-135m.gguf"
-    for name, (theirs, ours, num_other) in compare(gguf, REPOSITORY / "../shared/data", args.rows).items():
-        print(f"{name:10} lm-eval {theirs:.4f}   in process {ours:.4f}   rows that differ: {num_other}")
+    found = compare(gguf, REPOSITORY / "../shared/data", args.rows, args.tasks.split(","))
+    for name, each in found.items():
+        accuracies = f"lm-eval {each.accuracy(each.theirs):.4f}   in process {each.accuracy(each.ours):.4f}"
+        apart = [each.apart(i) for i in range(len(each.rows))]
+        print(f"{name:10} {accuracies}   other choice: rows {each.other_rows()}   sums at most {max(apart):.2g} apart")
+        for i in sorted(range(len(apart)), key=lambda i: -apart[i])[:SHOWN]:
+            if apart[i] > CLOSE:
+                print(f"  row {i}: lm-eval {each.theirs[i]}, in process {each.ours[i]}")
 
 
 if __name__ == "__main__":

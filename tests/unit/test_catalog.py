@@ -506,7 +506,7 @@ def test_python_without_pip(wheel_catalog: tuple[Catalog, Path], monkeypatch: py
 
 def test_hub_extra_missing(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ServiceError, match=r"pip install 'hob-slm\[hub\]'"):
+    with pytest.raises(ServiceError, match="-m pip install huggingface_hub"):
         catalog.pull("hf:owner/repo/m.gguf")
 
 
