@@ -175,6 +175,7 @@ void bind_kernels(nb::module_& m) {
   m.def("pool_trial", &pool_trial, "num_threads"_a, "num_jobs"_a, "num_pieces"_a, "num_late"_a,
         nb::call_guard<nb::gil_scoped_release>());
   m.def("pool_attendance", &pool_attendance, "num_threads"_a, "num_chains"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("pool_calls", &pool_calls, "num_threads"_a, "num_chains"_a, nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace hob

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "threads.h"
@@ -93,7 +94,40 @@ class Short : public Chain {
   int num_jobs_;
 };
 
+// One job, at which the caller stays away longer than the others need.
+class Absent : public Chain {
+ public:
+  explicit Absent(int num_threads) : is_caller_(static_cast<size_t>(num_threads)) {}
+  Job next(int) override {
+    if (std::exchange(is_over_, true)) return {};
+    return {64, this, [](void*, int, int) {}, prepare, compute};
+  }
+
+ private:
+  static void* prepare(void* context, int thread) {
+    char& is_caller = static_cast<Absent*>(context)->is_caller_[static_cast<size_t>(thread)];
+    is_caller = thread == 0;
+    return &is_caller;
+  }
+  static void compute(void* prepared, int) {
+    if (*static_cast<char*>(prepared)) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+
+  bool is_over_ = false;
+  std::vector<char> is_caller_;
+};
+
 }  // namespace
+
+int64_t pool_calls(int num_threads, int num_chains) {
+  ThreadPool pool(num_threads);
+  for (int i = 0; i < num_chains; ++i) {
+    Absent chain(num_threads);
+    pool.run(chain);
+    pool.settle();
+  }
+  return pool.num_called();
+}
 
 int pool_attendance(int num_threads, int num_chains) {
   ThreadPool pool(num_threads);

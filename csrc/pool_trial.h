@@ -15,4 +15,7 @@ TrialResult pool_trial(int num_threads, int num_jobs, int num_pieces, int num_la
 // How many threads are still there after chains of short jobs with pauses, in which threads fall asleep and come late.
 int pool_attendance(int num_threads, int num_chains);
 
+// How often the caller was called over in chains at which it stays away for some milliseconds.
+int64_t pool_calls(int num_threads, int num_chains);
+
 }  // namespace hob

@@ -54,28 +54,22 @@ bool spin_until(int64_t end_ns, F&& is_over) {
   }
 }
 
-// The calling thread keeps to the i-th of the cores it may use, as long as this lives, if there are `count` of them.
-class OwnCore {
- public:
-  OwnCore(int i, int count) {
-    if (sched_getaffinity(0, sizeof before_, &before_) != 0 || CPU_COUNT(&before_) != count) return;
-    int core = 0;
-    for (int left = i; !CPU_ISSET(core, &before_) || left-- > 0;) ++core;
-    cpu_set_t own;
-    CPU_ZERO(&own);
-    CPU_SET(core, &own);
-    is_kept_ = sched_setaffinity(0, sizeof own, &own) == 0;
-  }
-  ~OwnCore() {
-    if (is_kept_) sched_setaffinity(0, sizeof before_, &before_);
-  }
-  OwnCore(const OwnCore&) = delete;
-  OwnCore& operator=(const OwnCore&) = delete;
+// The cores this process may use, if there are `count` of them; else none.
+std::vector<int> find_cores(int count) {
+  cpu_set_t allowed;
+  std::vector<int> cores;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) != count) return cores;
+  for (int core = 0; std::ssize(cores) < count; ++core)
+    if (CPU_ISSET(core, &allowed)) cores.push_back(core);
+  return cores;
+}
 
- private:
-  cpu_set_t before_;
-  bool is_kept_ = false;
-};
+bool keep_to(pthread_t thread, int core) {
+  cpu_set_t own;
+  CPU_ZERO(&own);
+  CPU_SET(core, &own);
+  return pthread_setaffinity_np(thread, sizeof own, &own) == 0;
+}
 
 class OneJob : public Chain {
  public:
@@ -99,10 +93,17 @@ void run_alone(const Job& job, int thread) {
 
 ThreadPool::ThreadPool(int num_threads)
     : num_threads_(num_threads),
+      cores_(num_threads > 1 ? find_cores(num_threads) : std::vector<int>()),
       ranges_(static_cast<size_t>(num_threads)),
       lanes_(static_cast<size_t>(num_threads)),
       claimed_(num_threads > 1 ? static_cast<size_t>(kMaxClaims + num_threads * kLineClaims) : 0) {
-  for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { loop(i); });
+  for (size_t i = 0; i < cores_.size(); ++i) lanes_[i].core = cores_[i];
+  for (int i = 1; i < num_threads; ++i) {
+    threads_.emplace_back([this, i] { loop(i); });
+    Lane& lane = lanes_[static_cast<size_t>(i)];
+    lane.handle = threads_.back().native_handle();
+    if (!cores_.empty()) keep_to(lane.handle, lane.core);
+  }
 }
 
 ThreadPool::~ThreadPool() {
@@ -117,9 +118,13 @@ void ThreadPool::run_one(const Job& job) {
 }
 
 void ThreadPool::run(Chain& chain) {
-  if (num_threads_ == 1) return run_jobs(chain);
-  const OwnCore own(0, num_threads_);
+  if (cores_.empty()) return run_jobs(chain);
+  lanes_[0].handle = pthread_self();
+  leave_core_to_caller();
+  caller_.store(kInChain, std::memory_order_release);
   run_jobs(chain);
+  uint32_t seen = kInChain;
+  if (!caller_.compare_exchange_strong(seen, kBack, std::memory_order_acq_rel)) caller_.wait(kCalled, std::memory_order_acquire);
 }
 
 void ThreadPool::run_jobs(Chain& chain) {
@@ -138,7 +143,6 @@ void ThreadPool::run_jobs(Chain& chain) {
 }
 
 void ThreadPool::loop(int thread) {
-  const OwnCore own(thread, num_threads_);
   for (;;) {
     const uint64_t seen = turn_.load(std::memory_order_seq_cst);
     if (is_ending_.load(std::memory_order_seq_cst)) return;
@@ -254,7 +258,8 @@ void ThreadPool::open_next(uint64_t turn, int thread) {
   if (job_.num_pieces == 0) {
     // Only the caller waits for this.
     if (thread == 0) return turn_.store(make_turn(number, kOver), std::memory_order_seq_cst);
-    return change_turn(make_turn(number, kOver));
+    change_turn(make_turn(number, kOver));
+    return call_over(make_turn(number, kOver), thread);
   }
   const uint64_t next = make_turn(number, kOpen);
   num_unfinished_.store(job_.num_pieces, std::memory_order_relaxed);
@@ -288,14 +293,47 @@ void ThreadPool::come_late() {
 }
 
 void ThreadPool::wait_for_change(uint64_t seen, int thread) {
+  Lane& lane = lanes_[static_cast<size_t>(thread)];
+  const bool is_in_the_way = std::exchange(lane.has_called, false);
   const auto has_changed = [&] { return turn_.load(std::memory_order_acquire) != seen; };
-  if (has_changed() || spin_until(now_ns() + kSpinNs, has_changed)) return;
-  auto& sleeps_through = lanes_[static_cast<size_t>(thread)].sleeps_through;
+  if (has_changed() || (!is_in_the_way && spin_until(now_ns() + kSpinNs, has_changed))) return;
+  auto& sleeps_through = lane.sleeps_through;
   num_sleeping_.fetch_add(1, std::memory_order_seq_cst);
   sleeps_through.store(seen, std::memory_order_seq_cst);
   turn_.wait(seen, std::memory_order_seq_cst);
   sleeps_through.store(kAwake, std::memory_order_seq_cst);
   num_sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+}
+
+// ---- cores ----
+
+// Whoever keeps to the core that the caller is on gets the one that the caller was on before.
+void ThreadPool::leave_core_to_caller() {
+  const int here = sched_getcpu();
+  for (Lane& lane : lanes_) {
+    if (lane.core != here) continue;
+    if (&lane != &lanes_[0] && keep_to(lane.handle, lanes_[0].core)) std::swap(lane.core, lanes_[0].core);
+    return;
+  }
+}
+
+// `thread` has ended a chain and has a core. A caller that does not come has none: it is moved to this one, and may then
+// run anywhere as before. Should the next chain begin right now, the caller is moved in the middle of it: no harm.
+void ThreadPool::call_over(uint64_t turn, int thread) {
+  if (cores_.empty()) return;
+  const auto is_back = [&] { return caller_.load(std::memory_order_acquire) == kBack || turn_.load(std::memory_order_acquire) != turn; };
+  uint32_t seen = kInChain;
+  if (spin_until(now_ns() + kSpinNs, is_back) || !caller_.compare_exchange_strong(seen, kCalled, std::memory_order_acq_rel)) return;
+  Lane& own = lanes_[static_cast<size_t>(thread)];
+  cpu_set_t allowed;
+  const pthread_t caller = lanes_[0].handle;
+  if (pthread_getaffinity_np(caller, sizeof allowed, &allowed) == 0 && CPU_ISSET(own.core, &allowed) && keep_to(caller, own.core)) {
+    pthread_setaffinity_np(caller, sizeof allowed, &allowed);
+    own.has_called = true;
+    num_called_.fetch_add(1, std::memory_order_relaxed);
+  }
+  caller_.store(kBack, std::memory_order_release);
+  caller_.notify_one();
 }
 
 }  // namespace hob

@@ -18,12 +18,18 @@
 // are short, hold up the others if the core is taken away in them. Pieces of a job that is not repeatable are run once,
 // where they are taken.
 //
-// Where there are as many threads as cores, each keeps to a core of its own (the caller during a chain): the system shares
-// out time by group, and to it two threads of one program on one core are as fair as one on each.
+// Where there are as many threads as cores, each has a core of its own: the system shares out time by group, and to it two
+// threads of one program on one core are as fair as one on each. The caller stays where it is, because a thread that
+// changes its own affinity gives up its turn on a core that others want too; the others keep to the cores it is not on.
+//
+// A chain often ends while the caller's core is taken away. Whoever ended it has a core at that moment: it calls the
+// caller over and sleeps. At the next chain it gets the core that the caller has left.
 //
 // Threads with nothing to do spin for about 50 us (jobs follow each other faster) and then sleep on a futex, so that the
 // system finds the core idle and brings over a thread that waits for another core.
 #pragma once
+
+#include <pthread.h>
 
 #include <atomic>
 #include <chrono>
@@ -82,6 +88,8 @@ class ThreadPool {
 
   // Pieces computed for others so far.
   int64_t num_repeated() const { return num_repeated_.load(std::memory_order_relaxed); }
+  // How often the caller was called over to another core.
+  int64_t num_called() const { return num_called_.load(std::memory_order_relaxed); }
 
  private:
   // One range of pieces: turn (24 bits), next piece (20), end (20).
@@ -94,7 +102,12 @@ class ThreadPool {
     std::atomic<uint64_t> reading{0};
     std::atomic<bool> is_computing{false};
     std::atomic<uint64_t> sleeps_through{kAwake};
+    pthread_t handle{};       // of lane 0: the caller's
+    int core = -1;            // written between chains. -1: it keeps to none
+    bool has_called = false;  // its own: the caller waits for this core
   };
+  // Where the caller is, for who ends a chain. Called: it may be moved at this moment.
+  enum Caller : uint32_t { kBack, kInChain, kCalled };
   // What a thread knows of the job it is at.
   struct Share {
     uint64_t turn = 0;
@@ -117,9 +130,12 @@ class ThreadPool {
   void open_next(uint64_t turn, int thread);
   void change_turn(uint64_t turn);
   void come_late();
+  void leave_core_to_caller();
+  void call_over(uint64_t turn, int thread);
   void wait_for_change(uint64_t seen, int thread);
 
   const int num_threads_;
+  const std::vector<int> cores_;  // one for each thread; empty: they keep to none
   std::vector<Range> ranges_;
   std::vector<Lane> lanes_;
   // Per piece, the last turn in which it was claimed. Each range has a stretch of its own, so that lines of the cache
@@ -133,8 +149,9 @@ class ThreadPool {
   // Which job, times four, and how it stands: over, open, closed. Only ever goes up. The futex of idle threads.
   alignas(64) std::atomic<uint64_t> turn_{0};
   std::atomic<int> num_sleeping_{0};
+  std::atomic<uint32_t> caller_{kBack};
   std::atomic<bool> is_ending_{false};
-  std::atomic<int64_t> num_repeated_{0};
+  std::atomic<int64_t> num_repeated_{0}, num_called_{0};
   std::atomic<int> num_changes_{0};  // counted where `late_once_in` asks for it
   std::vector<std::thread> threads_;
 };

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -425,6 +426,29 @@ def test_late_threads_hold_up_nothing_and_change_nothing(num_threads: int, num_p
 def test_no_thread_is_left_asleep(num_threads: int) -> None:
     """One that was, was missing for as long as the model was there, and the model could not be closed."""
     assert _core.pool_attendance(num_threads, 2000) == num_threads
+
+
+def test_a_caller_without_a_core_is_called_over() -> None:
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) > 1:
+        assert _core.pool_calls(len(allowed), 20) > 0
+    assert os.sched_getaffinity(0) == allowed
+    assert _core.pool_calls(len(allowed) + 1, 20) == 0, "threads that keep to no core have none to give"
+
+
+def test_threads_keep_to_the_cores_that_the_caller_is_not_on(files: dict[str, Packed]) -> None:
+    allowed, others = os.sched_getaffinity(0), set(os.listdir("/proc/self/task"))
+    core = Native(files["Q4_1"], "portable", len(allowed))
+    threads = [int(thread) for thread in set(os.listdir("/proc/self/task")) - others]
+    assert len(threads) == len(allowed) - 1
+    try:
+        for place in [*allowed, *allowed]:
+            os.sched_setaffinity(0, {place})
+            core.step(make_batch((tokens(3, place), 0, [1])))
+            kept = [os.sched_getaffinity(thread) for thread in threads]
+            assert sorted(kept, key=min) == [{other} for other in sorted(allowed - {place})]
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 @pytest.mark.parametrize("name", ["Q4_1", "odd", "F32"])

@@ -168,6 +168,9 @@ def pool_trial(num_threads: int, num_jobs: int, num_pieces: int, num_late: int) 
     """A chain of jobs that depend on all values before, in which `num_late` times a thread sleeps for 20 ms in the
     middle of a piece. -> the values, and how many pieces were computed again."""
 
+def pool_calls(num_threads: int, num_chains: int) -> int:
+    """How often the caller was called over to another core, in chains at which it stays away for some milliseconds."""
+
 def pool_attendance(num_threads: int, num_chains: int) -> int:
     """How many threads are still there after chains of short jobs with pauses, in which threads fall asleep and come
     late."""
