@@ -276,7 +276,7 @@ void ThreadPool::open_next(uint64_t turn, int thread) {
 // when that one ends.
 void ThreadPool::change_turn(uint64_t turn) {
   turn_.store(turn, std::memory_order_seq_cst);
-  if (late_once_in > 0) come_late();
+  if (const int once_in = late_once_in.load(std::memory_order_relaxed); once_in > 0) come_late(once_in);
   if (num_sleeping_.load(std::memory_order_seq_cst) == 0) return;
   bool is_one_asleep = false;
   for (Lane& lane : lanes_) {
@@ -287,8 +287,8 @@ void ThreadPool::change_turn(uint64_t turn) {
   if (is_one_asleep) turn_.notify_all();
 }
 
-void ThreadPool::come_late() {
-  if (num_changes_.fetch_add(1, std::memory_order_relaxed) % late_once_in == 0)
+void ThreadPool::come_late(int once_in) {
+  if (num_changes_.fetch_add(1, std::memory_order_relaxed) % once_in == 0)
     std::this_thread::sleep_for(std::chrono::nanoseconds(6 * kSpinNs));
 }
 

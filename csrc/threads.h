@@ -84,7 +84,7 @@ class ThreadPool {
   void settle();
 
   // For tests: once in so many changes of turn the thread that makes it loses its core for a while right behind it. 0: never.
-  int late_once_in = 0;
+  std::atomic<int> late_once_in{0};
 
   // Pieces computed for others so far.
   int64_t num_repeated() const { return num_repeated_.load(std::memory_order_relaxed); }
@@ -129,7 +129,7 @@ class ThreadPool {
   void advance(uint64_t turn, int thread);
   void open_next(uint64_t turn, int thread);
   void change_turn(uint64_t turn);
-  void come_late();
+  void come_late(int once_in);
   void leave_core_to_caller();
   void call_over(uint64_t turn, int thread);
   void wait_for_change(uint64_t seen, int thread);
