@@ -259,7 +259,7 @@ class Scheduler:
     def postprocess(self, plan: Plan, results: list[ChunkResult], step_s: float, now: float) -> list[SequenceOutput]:
         """Take in a step's results: advance, finish, fork. Returns what the clients are to be told."""
         self._stats.num_steps += 1
-        self._stats.num_rows += plan.work.num_rows
+        self._stats.num_rows += sum(chunk.num_rows for chunk in plan.chunks)
         self._stats.step_s += step_s
         if not all(chunk.sequence.is_shallow for chunk in plan.chunks):
             self.cost.observe(plan.work, step_s)  # else it may have left out layers
