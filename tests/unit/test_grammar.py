@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import msgspec
 import numpy as np
@@ -242,6 +243,37 @@ def test_the_longest_that_may_be_asked_leaves_the_process_whole(grammars: Gramma
         masks = Masks(len(TOKENS))
         masks.begin([made.result()], [[]]).result(60)
         masks.accept([made.result()], [[ord("a")]])
+
+
+DEEP_TEXTS = {
+    "rules": LONGEST["rules"],
+    "terminals": LONGEST["terminals"],
+    "nested rules": "start:a0\n" + "".join(f'a{i}:"a" a{i + 1} "b"|"c"\n' for i in range(2_400)) + 'a2400:"a"',
+    "nested terminals": "start:A0\n" + "".join(f'A{i}:"a" A{i + 1} "b"|"c"\n' for i in range(2_400)) + 'A2400:"a"',
+    "a rule in itself": 'start: "a" start "b" | "c"',
+}
+
+
+@pytest.mark.parametrize("lark", DEEP_TEXTS.values(), ids=DEEP_TEXTS)
+def test_taking_in_tokens_needs_no_deep_stack(grammars: Grammars, lark: str) -> None:
+    """`Masks.accept` runs in the engine's thread, which has 8 MB: here in one of 128 KB, for as long as it goes on."""
+    one, masks, ends = matcher(grammars, Grammar(lark, "grammar")), Masks(len(TOKENS)), [None]
+
+    def accept(token_id: int) -> None:
+        ends[:] = masks.accept([one], [[token_id]])  # type: ignore[assignment]
+
+    before = threading.stack_size(128 << 10)
+    try:
+        for _ in range(150):
+            row = masks.begin([one], [[]]).result()[0]
+            ids = np.unpackbits(row, count=STOP, bitorder="little").nonzero()[0]
+            thread = threading.Thread(target=accept, args=(int(ids[0]),))
+            thread.start()
+            thread.join()
+            if ends[0] is not None:
+                break
+    finally:
+        threading.stack_size(before)
 
 
 def test_such_a_chain_ends_a_process_with_an_ordinary_stack() -> None:
