@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import command
 import machine
 from service import NO_STOP, Daemon, cpu_s
 
@@ -113,22 +114,20 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def show(result: dict[str, Any]) -> None:
+    """For people."""
+    for key, value in {**result.pop("ours"), **result}.items():
+        print(f"{key:20} {value}")
+
+
 def main() -> None:
     """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="name or path for `hob serve`")
+    parser = command.parser_of(__doc__)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--tokens", type=int, default=64, help="of a reply in the first load")
     parser.add_argument("--close", action="store_true", help="a new connection for each request")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    result = asyncio.run(run(args))
-    if args.json:
-        print(json.dumps(result))
-        return
-    for key, value in {**result.pop("ours"), **result}.items():
-        print(f"{key:20} {value}")
+    command.execute(parser, run, show)
 
 
 if __name__ == "__main__":

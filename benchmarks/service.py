@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import atexit
-import json
 import os
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+import command
 import machine
 from engine import Figure, Worker
 from lean_client import stream_completion
@@ -160,19 +160,8 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="name or path for `hob serve`")
-    parser.add_argument("--gguf", required=True, help="the same model's GGUF file, for the engine in process")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--one-process", action="store_true", help="also with engine and API in one process")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    result = asyncio.run(run(args))
-    if args.json:
-        print(json.dumps(result))
-        return
+def show(result: dict[str, Any]) -> None:
+    """For people."""
     table = Table(title=f"{result['machine']['cpu']}, {result['machine']['cores']} cores")
     table.add_column("figure")
     table.add_column("value", justify="right")
@@ -180,6 +169,15 @@ def main() -> None:
         if key != "machine":
             table.add_row(key, str(value))
     Console().print(table)
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = command.parser_of(__doc__)
+    parser.add_argument("--gguf", required=True, help="the same model's GGUF file, for the engine in process")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--one-process", action="store_true", help="also with engine and API in one process")
+    command.execute(parser, run, show)
 
 
 if __name__ == "__main__":

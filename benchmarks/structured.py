@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import time
 from typing import Any
 
+import command
 import machine
 from lean_client import stream_completion
 from service import NO_STOP, Daemon
@@ -79,19 +79,17 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     return result | {"steal": round(before.steal_share_since(), 4), "machine": machine.describe()}
 
 
+def show(result: dict[str, Any]) -> None:
+    """For people."""
+    for key, value in result.items():
+        print(f"{key:18} {value}")
+
+
 def main() -> None:
     """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="name or path for `hob serve`")
+    parser = command.parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    result = asyncio.run(run(args))
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:18} {value}")
+    command.execute(parser, run, show)
 
 
 if __name__ == "__main__":

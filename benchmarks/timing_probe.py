@@ -11,17 +11,17 @@ control: without it a probe that measures nothing would look like safety.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 import random
-import statistics
 import time
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from sklearn.metrics import roc_auc_score
 
+import command
 import machine
 from lean_client import stream_completion
 from service import Daemon
@@ -41,15 +41,9 @@ async def ttft_s(socket: str, app: str, token_ids: list[int]) -> float:
     return time.perf_counter() - start
 
 
-def auc(hits: list[float], misses: list[float]) -> float:
-    """Probability that a hit is faster than a miss; ties count half. auc([1], [2]) is 1."""
-    faster = sum((hit < miss) + 0.5 * (hit == miss) for hit in hits for miss in misses)
-    return faster / (len(hits) * len(misses))
-
-
 async def probe(socket: str, victim: str, prober: str, count: int, seed: int, progress: Progress) -> dict[str, float]:
     """One probe. Every prompt is new to the daemon; seed: which ones. In turns, so that none is evicted meanwhile."""
-    times: dict[bool, list[float]] = {True: [], False: []}
+    kinds, times = list[bool](), list[float]()
     task = progress.add_task(f"{prober} probes {victim}", total=count)
     for first in range(0, count, TURN):
         turn = range(first, min(first + TURN, count))
@@ -59,12 +53,14 @@ async def probe(socket: str, victim: str, prober: str, count: int, seed: int, pr
         asked = [(token_ids, True) for token_ids in known] + [(token_ids, False) for token_ids in new]
         random.Random(seed + first).shuffle(asked)
         for token_ids, is_known in asked:
-            times[is_known].append(await ttft_s(socket, prober, token_ids))
+            kinds.append(is_known)
+            times.append(await ttft_s(socket, prober, token_ids))
         progress.advance(task, len(turn))
+    is_hit, taken = np.array(kinds), np.array(times)
     return {
-        "auc": round(auc(times[True], times[False]), 3),
-        "hit_ms": round(statistics.median(times[True]) * 1e3, 2),
-        "miss_ms": round(statistics.median(times[False]) * 1e3, 2),
+        "auc": round(float(roc_auc_score(is_hit, -taken)), 3),
+        "hit_ms": round(float(np.median(taken[is_hit])) * 1e3, 2),
+        "miss_ms": round(float(np.median(taken[~is_hit])) * 1e3, 2),
     }
 
 
@@ -79,23 +75,20 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"other_app": other, "same_app": same, "count": args.count, "machine": machine.describe()}
 
 
-def main() -> None:
-    """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="name or path for `hob serve`")
-    parser.add_argument("--count", type=int, default=500, help="prompts of each kind")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    result = asyncio.run(run(args))
-    if args.json:
-        print(json.dumps(result))
-        return
-    table = Table(
-        "prober", "AUC", "known, ms", "new, ms", title=f"{args.count} prompts of {NUM_IN} tokens of each kind"
-    )
+def show(result: dict[str, Any]) -> None:
+    """For people."""
+    title = f"{result['count']} prompts of {NUM_IN} tokens of each kind"
+    table = Table("prober", "AUC", "known, ms", "new, ms", title=title)
     for who in ("other_app", "same_app"):
         table.add_row(who, *(str(result[who][key]) for key in ("auc", "hit_ms", "miss_ms")))
     Console().print(table)
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = command.parser_of(__doc__)
+    parser.add_argument("--count", type=int, default=500, help="prompts of each kind")
+    command.execute(parser, run, show)
 
 
 if __name__ == "__main__":

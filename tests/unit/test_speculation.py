@@ -285,7 +285,7 @@ def test_dear_rows_and_shared_steps_make_drafts_short() -> None:
 
 
 def test_a_lesser_streams_drafts_do_not_stretch_the_steps_of_an_interactive_one() -> None:
-    world = World("auto", copying, vocab_size=1000, urgent_stretch=1.6, lend_every=0)
+    world = World("auto", copying, vocab_size=1000, urgent_stretch=1.45, lend_every=0)
     prompt = random.Random(0).sample(range(1000), k=200)
     sampling = SamplingParams(max_tokens=600)
     world.scheduler.add(Request("lesser", "a", prompt, sampling=sampling, service_class=ServiceClass.BACKGROUND), 0.0)
@@ -299,7 +299,7 @@ def test_a_lesser_streams_drafts_do_not_stretch_the_steps_of_an_interactive_one(
     alone_s = world.scheduler.cost.step_s(world.scheduler.schedule(world.clock()).urgent)  # type: ignore[union-attr]
     for _ in range(40):
         world.step()
-        assert world.steps_s[-1] <= 1.65 * alone_s
+        assert world.steps_s[-1] <= 1.5 * alone_s
     assert world.scheduler.stats().num_drafted_tokens > before, "it drafts all the same"
 
 
