@@ -86,7 +86,7 @@ class SchedulerConfig:
     """Most rows of a step, prefill and decode together: the size of the engine's workspace."""
     max_step_s: float = 0.045
     """Seconds a step may take by the cost model. Whoever arrives waits for one step; lower costs prefill speed."""
-    urgent_stretch: float = 2.0
+    urgent_stretch: float = 1.8
     """How many times longer than with them alone a step may take that carries interactive rows."""
     lend_every: int = 24
     """Of so many steps of interactive streams one may take `max_step_s`: lesser work is cheapest in long steps,

@@ -84,10 +84,6 @@ class CostModel:
         _, b, c, d = self._coefficients
         return b * num_rows + c * num_rows * (start + num_rows / 2) + d * (start + num_rows)
 
-    def keys_s(self, num_keys: int) -> float:
-        """Estimated seconds to bring so many keys of a sequence in once."""
-        return self._coefficients[3] * num_keys
-
     def row_s(self, start: int) -> float:
         """Estimated seconds of one row more, at `start`, of a sequence that has the rows before it."""
         _, b, c, d = self._coefficients

@@ -90,11 +90,15 @@ class Forecast:
             every = every.plus(stream.num_tokens, 1)
             if stream.request.service_class is ServiceClass.INTERACTIVE:
                 urgent = urgent.plus(stream.num_tokens, 1)
-        step_s = self._config.max_step_s
+        step_s, every_s = self._config.max_step_s, self._cost.step_s(every)
         if urgent.num_rows and sequence.request.service_class is not ServiceClass.INTERACTIVE:
-            step_s = min(step_s, self._config.urgent_stretch * self._cost.step_s(urgent))
-            every = urgent  # others' streams stand back first
-        return step_s, min(self._cost.step_s(every), (1 - LEAST_SHARE) * step_s)
+            urgent_s, lend_every = self._cost.step_s(urgent), self._config.lend_every
+            short_s = self._config.urgent_stretch * urgent_s
+            if lend_every and is_patient(sequence):
+                lent_s = max(step_s - every_s, LEAST_SHARE * step_s) / lend_every
+                return min(every_s, short_s) + lent_s, min(every_s, short_s)
+            step_s, every_s = min(step_s, short_s), urgent_s  # others' streams stand back first
+        return step_s, min(every_s, (1 - LEAST_SHARE) * step_s)
 
     def _room_s(self, newcomers: list[Sequence], step_s: float, streams_s: float, reading_s: float) -> float:
         """Seconds until those that run have left enough sequences and blocks to hold all newcomers.
@@ -138,3 +142,9 @@ def is_paced(sequence: Sequence) -> bool:
     """Whether it must have a row in each step once it streams."""
     request = sequence.request
     return request.service_class is ServiceClass.INTERACTIVE or request.tpot_limit_s is not None
+
+
+def is_patient(sequence: Sequence) -> bool:
+    """Whether its prompt is read in the long steps that interactive streams lend, not in their own."""
+    request = sequence.request
+    return request.service_class is not ServiceClass.INTERACTIVE and request.ttft_deadline_s is None

@@ -39,7 +39,7 @@ from hob.request import (
 from hob.scheduler.abandon import StepUnderWay
 from hob.scheduler.admission import check_limits, check_request, sequences_of
 from hob.scheduler.cost import CostModel, Work
-from hob.scheduler.forecast import Forecast, is_paced, lack_of
+from hob.scheduler.forecast import Forecast, is_paced, is_patient, lack_of
 from hob.scheduler.order import Order
 from hob.scheduler.placement import Copy, Placement
 from hob.scheduler.speculation import MARGIN, Speculation, look_up, may_draft
@@ -50,8 +50,6 @@ if TYPE_CHECKING:
 
 PACE_MARGIN = 0.9
 """Of a limit on the time per token, what a step may take: the rest is for what comes after it."""
-MAX_KEYS_SHARE = 0.25
-"""Of the time that a stream's step has left, how much reading the keys of a lesser prompt may take."""
 
 
 @dataclass(slots=True)
@@ -353,7 +351,7 @@ class Scheduler:
         is_full = False  # for lesser classes: the pace of interactive streams bounds them alone
         for sequence in self.order(candidates):
             is_urgent = sequence.request.service_class is ServiceClass.INTERACTIVE
-            if (is_full and not is_urgent) or self._is_dear(plan, sequence):
+            if is_full and not is_urgent:
                 continue
             if self._rows_left(plan, sequence) < 1:
                 if is_urgent:
@@ -365,6 +363,8 @@ class Scheduler:
             if sequence.is_loading:
                 continue
             num_rows = min(self._rows_left(plan, sequence), lack_of(sequence))
+            if num_rows < lack_of(sequence) and self._waits_for_lent(plan, sequence):
+                continue
             if num_rows > 0 and self.placement.grow(sequence, num_rows, plan.planned):
                 plan.add(sequence, num_rows)
 
@@ -416,19 +416,15 @@ class Scheduler:
         num_rows = self.cost.rows_within(budget_s - spent_s, sequence.num_computed_tokens, max_rows)
         return max(num_rows, 0 if plan.chunks else 1)
 
-    def _is_dear(self, plan: Plan, sequence: Sequence) -> bool:
-        """Whether more of its prompt had better wait for a long step.
+    def _waits_for_lent(self, plan: Plan, sequence: Sequence) -> bool:
+        """Whether a part of its prompt had better wait for a long step.
 
-        Its keys are read anew for each part. A stream's step has time for few rows, so late in a prompt most of that
-        time would go into reading keys: the stream would be slowed for next to nothing. A lent step comes soon.
+        A stream's step has time for few rows beside it, and each part of a prompt reads the keys before it anew: the
+        stream would be slowed for next to nothing. A lent step comes soon. Rows that end a prompt do not wait.
         """
-        request = sequence.request
-        is_bound = request.service_class is ServiceClass.INTERACTIVE or request.ttft_deadline_s is not None
-        if is_bound or not plan.num_urgent or not self.config.lend_every or self._lends(plan):
+        if not plan.num_urgent or not self.config.lend_every or self._lends(plan):
             return False
-        left_s = self._short_s(plan) - self.cost.step_s(plan.work)
-        is_dear = self.cost.keys_s(sequence.num_computed_tokens) > MAX_KEYS_SHARE * left_s
-        return is_dear and not self.order.is_starved(sequence)
+        return is_patient(sequence) and not self.order.is_starved(sequence)
 
     def _short_s(self, plan: Plan) -> float:
         """Most seconds of a step for the sake of its interactive rows."""
