@@ -22,6 +22,7 @@
 
 #include "check_batch.h"
 #include "flow.h"
+#include "linear.h"
 #include "pack.h"
 #include "sample.h"
 #include "text.h"
@@ -31,138 +32,6 @@ namespace {
 
 constexpr int kFewRows = 32;       // up to here threads split outputs: ahead below 20 rows, level at 24 to 30 (2 cores)
 static_assert(kFewRows <= kHeadRows && kHeadRows <= kMaxBlockRows);
-
-// A view of an input buffer for rows of k values.
-Acts shaped(const Acts& acts, int k) { return {acts.tiles, acts.rows, padded(k) / kGroup, padded(k)}; }
-
-// What is to be done of QKV at once: one head, so that the thread that has a head's values rotates and stores them too.
-// A head that does not fill panels (head_dim % 32 != 0), or is normalised with the others, makes its whole matrix one unit.
-struct Unit {
-  Target target;
-  const Matrix* matrix;
-  int first_head, num_heads, first_panel, end_panel;
-};
-
-// Linear layers. Knows the model and what it is given, so that a thread whose job is over may be at it still.
-struct Linear {
-  const Model& m;
-  const Kernels& k = *m.kernels;
-  const Network& net = m.network;
-
-  // out (count, stride) (+)= panels first_panel .. end_panel of `matrix` times acts. `out` is where panel 0 would go.
-  void project(const Matrix& matrix, const Acts& acts, int count, int first_panel, int end_panel, float* out,
-               ptrdiff_t stride, bool is_added) const {
-    for (int p = first_panel; p < end_panel; ++p) {
-      const uint8_t* panel = matrix.data + static_cast<size_t>(p) * matrix.panel_bytes;
-      float* to = out + p * kPanel;
-      if (matrix.is_quantised())  // while a panel is at work the next one is fetched
-        k.linear(matrix.kind, panel, acts.num_groups, acts.tiles, count, to, stride, is_added, panel + matrix.panel_bytes);
-      else
-        k.linear_f32(reinterpret_cast<const float*>(panel), matrix.k, acts.rows, acts.stride, count, to, stride, is_added);
-    }
-  }
-
-  // ---- adapters: out += B (A x) for the rows that have one, each row by itself. `adapters`: of the rows; null: none has ----
-
-  // A x of one row, the i-th of those at work, for all matrices that read this input.
-  void adapt_input(int layer, Input input, const Adapter* adapter, int i, const float* x, int size, Scratch& s) const {
-    if (!adapter) return;
-    const AdapterLayer& l = adapter->layer(layer);
-    for (int p = 0; p * kPanel < l.stacked[input]; ++p)
-      k.linear_f32(l.a[input] + static_cast<ptrdiff_t>(p) * size * kPanel, size, x, 0, 1, s.adapted + i * kMaxStacked + p * kPanel, 0,
-                   false);
-  }
-
-  // What `project` gave, in the same place.
-  void adapt(int layer, Target target, const Adapter* const* adapters, int count, int first_panel, int end_panel, float* out,
-             ptrdiff_t stride, const Scratch& s) const {
-    for (int i = 0; i < count && adapters; ++i) {
-      if (!adapters[i]) continue;
-      const AdapterLayer::Part& part = adapters[i]->layer(layer).part[target];
-      for (int p = first_panel; p < end_panel && part.b; ++p)
-        k.linear_f32(part.b + static_cast<ptrdiff_t>(p) * part.rank * kPanel, part.rank, s.adapted + i * kMaxStacked + part.first, 0, 1,
-                     out + i * stride + p * kPanel, 0, true);
-    }
-  }
-
-  // ---- QKV ----
-
-  bool is_head_unit() const { return net.head_dim % kPanel == 0 && !net.is_qk_norm_joint; }
-  int num_units() const { return is_head_unit() ? net.num_heads + 2 * net.num_kv_heads : 3; }
-
-  Unit unit(int layer, int i) const {
-    const Layer& l = m.layers[static_cast<size_t>(layer)];
-    const int q_units = is_head_unit() ? net.num_heads : 1, kv_units = is_head_unit() ? net.num_kv_heads : 1;
-    const Target target = i < q_units ? kTargetQ : (i < q_units + kv_units ? kTargetK : kTargetV);
-    const Matrix& matrix = target == kTargetQ ? l.q : (target == kTargetK ? l.k : l.v);
-    if (!is_head_unit()) return {target, &matrix, 0, target == kTargetQ ? net.num_heads : net.num_kv_heads, 0, matrix.num_panels};
-    const int head = target == kTargetQ ? i : (i - q_units) % kv_units, panels = net.head_dim / kPanel;
-    return {target, &matrix, head, 1, head * panels, (head + 1) * panels};
-  }
-
-  // Floats from a row of all heads to the next.
-  ptrdiff_t stride(const Unit& u) const { return padded(u.target == kTargetQ ? m.heads_size() : m.kv_size()); }
-
-  // The values of a unit's heads, where they lie among all heads of a row.
-  void qkv(int layer, const Unit& u, const Acts& in, const Adapter* const* adapters, int count, float* out, ptrdiff_t stride,
-           const Scratch& s) const {
-    project(*u.matrix, in, count, u.first_panel, u.end_panel, out, stride, false);
-    adapt(layer, u.target, adapters, count, u.first_panel, u.end_panel, out, stride, s);
-  }
-
-  // ---- FFN ----
-
-  // Panel p of what goes into down -> s.gate (count, 32).
-  void gate_up(int layer, int p, const Acts& in, const Adapter* const* adapters, int count, Scratch& s) const {
-    const Layer& l = m.layers[static_cast<size_t>(layer)];
-    project(l.gate, in, count, p, p + 1, s.gate - p * kPanel, kPanel, false);
-    project(l.up, in, count, p, p + 1, s.up - p * kPanel, kPanel, false);
-    adapt(layer, kTargetGate, adapters, count, p, p + 1, s.gate - p * kPanel, kPanel, s);
-    adapt(layer, kTargetUp, adapters, count, p, p + 1, s.up - p * kPanel, kPanel, s);
-    m.gate_mul(s.gate, s.up, count * kPanel, s.gate);
-  }
-};
-
-// ---- what may be computed twice: pieces of jobs with few rows. Weights and the thread's own Scratch, nothing else ----
-
-void compute_qkv(void* scratch, int piece) {
-  Scratch& s = *static_cast<Scratch*>(scratch);
-  const Linear linear{*s.model};
-  const Unit unit = linear.unit(s.layer, piece);
-  linear.qkv(s.layer, unit, shaped(s.in, linear.net.hidden_size), s.adapters, s.num_rows, s.heads, linear.stride(unit), s);
-}
-
-// A panel of what goes onto the residual stream -> s.gate (rows, 32), and of the adapters -> s.up: each is a sum of its own.
-void compute_panel(Target target, const Matrix& matrix, const Acts& in, int p, Scratch& s) {
-  const Linear linear{*s.model};
-  linear.project(matrix, in, s.num_rows, p, p + 1, s.gate - p * kPanel, kPanel, false);
-  if (!s.adapters) return;
-  std::fill_n(s.up, s.num_rows * kPanel, -0.0f);  // to which adding changes no bit
-  linear.adapt(s.layer, target, s.adapters, s.num_rows, p, p + 1, s.up - p * kPanel, kPanel, s);
-}
-
-void compute_out(void* scratch, int piece) {
-  Scratch& s = *static_cast<Scratch*>(scratch);
-  compute_panel(kTargetO, s.model->layers[static_cast<size_t>(s.layer)].o, shaped(s.in, s.model->heads_size()), piece, s);
-}
-
-void compute_gate_up(void* scratch, int piece) {
-  Scratch& s = *static_cast<Scratch*>(scratch);
-  Linear{*s.model}.gate_up(s.layer, piece, shaped(s.in, s.model->network.hidden_size), s.adapters, s.num_rows, s);
-}
-
-void compute_down(void* scratch, int piece) {
-  Scratch& s = *static_cast<Scratch*>(scratch);
-  compute_panel(kTargetDown, s.model->layers[static_cast<size_t>(s.layer)].down, s.down, piece, s);
-}
-
-void compute_head(void* scratch, int piece) {
-  Scratch& s = *static_cast<Scratch*>(scratch);
-  const Matrix& head = s.model->head;
-  const int first = piece * kHeadPanels;
-  Linear{*s.model}.project(head, shaped(s.in, s.model->network.hidden_size), s.num_rows, first,
-                           std::min(head.num_panels, first + kHeadPanels), s.head - first * kPanel, kHeadPanels * kPanel, false);
-}
 
 class Step : private Chain {
  public:
