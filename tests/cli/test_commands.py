@@ -233,6 +233,14 @@ def test_ps_counts_apps_blocks_and_memory(daemon: Daemon) -> None:
     assert "/test" in hob(daemon.home, "ps").stdout
 
 
+@pytest.mark.parametrize("words", [("app", "list"), ("public", "list"), ("task", "list")])
+def test_an_empty_list_says_so_and_leaves_standard_output_to_rows(words: tuple[str, ...], daemon: Daemon) -> None:
+    done = hob(daemon.home, *words)
+    assert done.returncode == 0
+    assert done.stdout == ""
+    assert done.stderr.startswith("no "), done.stderr
+
+
 def test_list_shows_the_default_model(tmp_path: Path) -> None:
     found = json.loads(hob(tmp_path, "list", "--json").stdout)
     default = next(model for model in found if model["name"] == "smollm2-135m")

@@ -81,7 +81,7 @@ def list_apps(json: Json = False) -> None:
         [app["name"], app["kind"], time.strftime("%Y-%m-%d", time.localtime(app["created"])), app.get("path", "")]
         for app in apps
     ]
-    print_table(["name", "by", "since", "path"], rows)
+    print_table(["name", "by", "since", "path"], rows, "no app has a key or a socket. Make one: hob app add NAME")
 
 
 @group.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ def print_json(value: Any) -> None:
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Columns as wide as they need; numbers to the right. Nothing at all where there are no rows."""
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], empty: str = "") -> None:
+    """Columns as wide as they need; numbers to the right. Where there are no rows `empty` goes to standard error."""
     if not rows:
+        if empty:
+            print(empty, file=sys.stderr)
         return
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]

@@ -102,7 +102,8 @@ def log(
         ]
         for entry in entries
     ]
-    print_table(["time", "app", "endpoint", "status", "prompt", "output", "ms", "refusal"], rows)
+    header = ["time", "app", "endpoint", "status", "prompt", "output", "ms", "refusal"]
+    print_table(header, rows, "no requests in the audit log yet")
 
 
 def _words(value: object) -> str:

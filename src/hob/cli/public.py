@@ -85,7 +85,8 @@ def list_prompts(json: Json = False) -> None:
         ]
         for prompt in prompts
     ]
-    print_table(["name", "model", "shared tokens", "since", "begins"], rows)
+    header = ["name", "model", "shared tokens", "since", "begins"]
+    print_table(header, rows, "no public prompts. Make one: hob public add NAME --system TEXT")
 
 
 @group.command()

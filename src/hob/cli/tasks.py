@@ -136,7 +136,8 @@ def list_tasks(json: Json = False) -> None:
         for t in tasks
         if "version" in t
     ]
-    print_table(("task", "version", "labels", "examples", "macro-F1", "model"), rows)
+    header = ("task", "version", "labels", "examples", "macro-F1", "model")
+    print_table(header, rows, "no tasks of the command line. Train one: hob task train NAME --data FILE")
 
 
 @task.command()
