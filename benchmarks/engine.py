@@ -5,6 +5,8 @@
 
 Each round measures every figure once with every engine, one after the other; the median over rounds counts. Ours runs
 the Q4_1 file as it is. A peer may use its best file: llama.cpp runs each file of --llama-files, the best one counts.
+OpenVINO runs in each of --openvino-precisions (auto: as it chooses by itself). With --vnni ours and OpenVINO do without
+AMX (HOB_ISA=avx512, ONEDNN_MAX_CPU_ISA), as on the machine that the goals were set on.
 The peers' environment: `pip install --no-binary llama-cpp-python llama-cpp-python` (built natively) and
 `pip install openvino-genai`; Q4_0 files are made by llama.cpp's own quantiser.
 """
@@ -73,7 +75,7 @@ def chosen_figures(args: argparse.Namespace) -> list[Figure]:
 def start_workers(args: argparse.Namespace) -> list[Worker]:
     """Ours first."""
     ours = [sys.executable, str(WORKERS / "run_ours.py"), args.model]
-    workers = [Worker("ours", ours)]
+    workers = [Worker("ours", ours, {"HOB_ISA": "avx512"} if args.vnni else None)]
     for isa in args.isa:
         workers.append(Worker(f"ours {isa}", ours, {"HOB_ISA": isa}))
     for kv_type in args.kv_types:
@@ -83,8 +85,11 @@ def start_workers(args: argparse.Namespace) -> list[Worker]:
     for file in args.llama_files or [args.model]:
         label = f"llama.cpp {Path(file).stem.rpartition('.')[2]}"
         workers.append(Worker(label, [args.peer_python, str(WORKERS / "run_llama_cpp.py"), file]))
-    if not args.no_openvino:
-        workers.append(Worker("OpenVINO", [args.peer_python, str(WORKERS / "run_openvino.py"), args.model]))
+    openvino = [args.peer_python, str(WORKERS / "run_openvino.py"), args.model]
+    confined = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"} if args.vnni else None
+    for precision in ["f32"] if args.vnni else args.openvino_precisions:
+        hint = [] if precision == "auto" else [precision]
+        workers.append(Worker(f"OpenVINO {precision}", [*openvino, *hint], confined))
     return workers
 
 
@@ -159,7 +164,13 @@ def main() -> None:
     parser.add_argument("--llama-files", nargs="*", help="GGUF files llama.cpp may choose from")
     parser.add_argument("--peer-python", default=sys.executable, help="Python of the environment that has the peers")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
-    parser.add_argument("--no-openvino", action="store_true", help="leave OpenVINO out")
+    parser.add_argument(
+        "--openvino-precisions",
+        nargs="*",
+        default=["auto", "f32"],
+        help="auto, bf16, f32; the best counts; none given: without it",
+    )
+    parser.add_argument("--vnni", action="store_true", help="ours and OpenVINO without AMX")
     parser.add_argument("--isa", nargs="*", default=[], help="also run ours with these instruction sets")
     parser.add_argument("--kv-types", nargs="*", default=[], help="also run ours with these number formats of KV")
     parser.add_argument("--figures", nargs="*", choices=[f.key for f in FIGURES], help="only these")

@@ -1,4 +1,8 @@
-"""OpenVINO GenAI under test. Usage: run_openvino.py MODEL.gguf"""
+"""OpenVINO GenAI under test. Usage: run_openvino.py MODEL.gguf [PRECISION]
+
+PRECISION: what it computes in where weights are not, bf16 or f32. Left out, the CPU plugin chooses: bf16 where the CPU
+has it, by AMX if it has that. With f32 its matrix products are in 8 bits, by VNNI.
+"""
 
 import sys
 
@@ -11,8 +15,9 @@ from protocol import DECODE_STEPS, prompt, serve
 VOCAB_SIZE = 49152
 
 
-def main(path: str) -> None:
-    pipe = openvino_genai.LLMPipeline(path, "CPU")
+def main(path: str, *precision: str) -> None:
+    hints = {"INFERENCE_PRECISION_HINT": precision[0]} if precision else {}
+    pipe = openvino_genai.LLMPipeline(path, "CPU", **hints)
 
     def generate(prompts: list[list[int]], num_tokens: int) -> "openvino_genai.PerfMetrics":
         ids = openvino.Tensor(np.array(prompts, np.int64))
@@ -34,4 +39,4 @@ def main(path: str) -> None:
     serve(measure)
 
 
-main(sys.argv[1])
+main(*sys.argv[1:])
