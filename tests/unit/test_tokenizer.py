@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import random
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.tiny_vocab import BYTE_0, MERGES, tiny_metadata
+from tokenizers.models import BPE
 
 from hob.errors import InvalidRequest, ModelFileError
+from hob.models import merges
 from hob.models.tokenizer import StreamDecoder, Tokenizer
 
 FIRST_MERGE = BYTE_0 + 256
@@ -89,6 +93,33 @@ def test_decode_shows_or_skips_special_tokens() -> None:
 @given(st.text())
 def test_every_text_comes_back(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+def heap_in_use() -> int:
+    """Bytes that the C library has given out in this process."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("the C library is not glibc 2.33 or later")
+    libc.mallinfo2.restype = type(
+        "MallInfo", (ctypes.Structure,), {"_fields_": [(c, ctypes.c_size_t) for c in "abcdefghij"]}
+    )
+    return int(libc.mallinfo2().h)
+
+
+def grown_by_words(cache_capacity: int | None, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes that 4,000 different words of 200 letters leave behind."""
+    if cache_capacity is not None:
+        monkeypatch.setattr(merges, "BPE", lambda **options: BPE(**options | {"cache_capacity": cache_capacity}))
+    tokenizer, rng = Tokenizer(tiny_metadata()), random.Random(0)
+    before = heap_in_use()
+    for _ in range(4000):
+        tokenizer.encode("".join(rng.choices("abcdefgh", k=200)))
+    return heap_in_use() - before
+
+
+def test_what_one_app_sends_is_not_kept_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert grown_by_words(None, monkeypatch) < 500_000
+    assert grown_by_words(10_000, monkeypatch) > 2_000_000, "the control: the library's own cache of words grows"
 
 
 @given(st.text(alphabet=st.sampled_from("aé中🦙\n ")), st.lists(st.integers(1, 5)))
