@@ -164,11 +164,10 @@ def test_one_step_in_many_is_lent_to_lesser_classes() -> None:
     assert lending.times["long"][-1] < 1.02 * keeping.times["long"][-1], "and the prompt is read hardly slower"
 
 
-def chat_late_in_a_prompt(monkeypatch: pytest.MonkeyPatch, is_patient: bool) -> Device:
+def chat_late_in_a_prompt(service_class: ServiceClass) -> Device:
     """A chat of 300 tokens beside the second half of a prompt of 4,000, whose keys cost 2 us each."""
-    monkeypatch.setattr("hob.scheduler.scheduler.is_patient", lambda sequence: is_patient)
     device = Device(cost=FakeCost(0.003, 0.0003, 3e-7, 2e-6))
-    device.add("long", 4000, 4, BACKGROUND, "other")
+    device.add("long", 4000, 4, service_class, "other")
     while device.scheduler.running == [] or device.scheduler.running[0].num_computed_tokens < 1000:
         device.step()
     device.add("chat", 30, 300, INTERACTIVE, "chat")
@@ -176,13 +175,41 @@ def chat_late_in_a_prompt(monkeypatch: pytest.MonkeyPatch, is_patient: bool) -> 
     return device
 
 
-def test_a_stream_is_not_slowed_for_parts_of_a_lesser_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    waiting, riding = (chat_late_in_a_prompt(monkeypatch, is_patient) for is_patient in (True, False))
+@pytest.mark.parametrize("service_class", [STANDARD, BACKGROUND])
+def test_a_stream_is_not_slowed_for_parts_of_a_lesser_prompt(
+    service_class: ServiceClass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = chat_late_in_a_prompt(service_class)
+    monkeypatch.setattr("hob.scheduler.scheduler.is_patient", lambda sequence: False)
+    monkeypatch.setattr("hob.scheduler.scheduler.LEAST_PART", 0)
+    riding = chat_late_in_a_prompt(service_class)
     assert sum(waiting.gaps("chat")) < 0.85 * sum(riding.gaps("chat")), "the control: else each step is stretched"
     computed = [device.scheduler.running[0].num_computed_tokens for device in (waiting, riding)]
     speeds = [(rows - 1000) / sum(d.gaps("chat")) for rows, d in zip(computed, (waiting, riding), strict=True)]
     assert speeds[0] > speeds[1], "and the prompt is read no slower: the lent steps are enough"
     waiting.run_until("long")
+
+
+def steps_to_the_first_token(service_class: ServiceClass) -> int:
+    """Of a prompt of 16 tokens, too long for one step beside the stream, that comes behind a lent one."""
+    device = Device()
+    device.add("stream", 30, 400, INTERACTIVE, "chat")
+    device.add("long", 4000, 4, BACKGROUND, "other")
+    while "stream" not in device.times or device.gaps("stream")[-1:] <= [0.03]:
+        device.step()
+    device.add("short", 16, 4, service_class, "short")
+    for num_steps in range(1, 100):
+        device.step()
+        if "short" in device.times:
+            return num_steps
+    raise AssertionError("no token")
+
+
+def test_a_standard_prompt_rides_in_parts_and_a_background_one_waits() -> None:
+    assert steps_to_the_first_token(STANDARD) <= 5
+    assert 15 <= steps_to_the_first_token(BACKGROUND) <= 48, (
+        "the next lent step or, if that is another app's, the one after"
+    )
 
 
 def test_a_first_token_does_not_wait_for_a_lent_step() -> None:

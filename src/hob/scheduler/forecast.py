@@ -147,4 +147,4 @@ def is_paced(sequence: Sequence) -> bool:
 def is_patient(sequence: Sequence) -> bool:
     """Whether its prompt is read in the long steps that interactive streams lend, not in their own."""
     request = sequence.request
-    return request.service_class is not ServiceClass.INTERACTIVE and request.ttft_deadline_s is None
+    return request.service_class is ServiceClass.BACKGROUND and request.ttft_deadline_s is None

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 PACE_MARGIN = 0.9
 """Of a limit on the time per token, what a step may take: the rest is for what comes after it."""
+LEAST_PART = 4
+"""Rows of a prompt for which a stream's step is made longer."""
 
 
 @dataclass(slots=True)
@@ -363,7 +365,7 @@ class Scheduler:
             if sequence.is_loading:
                 continue
             num_rows = min(self._rows_left(plan, sequence), lack_of(sequence))
-            if num_rows < lack_of(sequence) and self._waits_for_lent(plan, sequence):
+            if num_rows < lack_of(sequence) and self._waits_for_lent(plan, sequence, num_rows):
                 continue
             if num_rows > 0 and self.placement.grow(sequence, num_rows, plan.planned):
                 plan.add(sequence, num_rows)
@@ -416,15 +418,17 @@ class Scheduler:
         num_rows = self.cost.rows_within(budget_s - spent_s, sequence.num_computed_tokens, max_rows)
         return max(num_rows, 0 if plan.chunks else 1)
 
-    def _waits_for_lent(self, plan: Plan, sequence: Sequence) -> bool:
-        """Whether a part of its prompt had better wait for a long step.
+    def _waits_for_lent(self, plan: Plan, sequence: Sequence, num_rows: int) -> bool:
+        """Whether a part of its prompt had better wait for a long step: one of background work, or of a few rows.
 
         A stream's step has time for few rows beside it, and each part of a prompt reads the keys before it anew: the
         stream would be slowed for next to nothing. A lent step comes soon. Rows that end a prompt do not wait.
         """
-        if not plan.num_urgent or not self.config.lend_every or self._lends(plan):
+        if not plan.num_urgent or not self.config.lend_every or self._lends(plan) or self.order.is_starved(sequence):
             return False
-        return is_patient(sequence) and not self.order.is_starved(sequence)
+        request = sequence.request
+        is_bound = request.service_class is ServiceClass.INTERACTIVE or request.ttft_deadline_s is not None
+        return is_patient(sequence) or (num_rows < LEAST_PART and not is_bound)
 
     def _short_s(self, plan: Plan) -> float:
         """Most seconds of a step for the sake of its interactive rows."""
