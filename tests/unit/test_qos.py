@@ -190,6 +190,47 @@ def test_a_stream_is_not_slowed_for_parts_of_a_lesser_prompt(
     waiting.run_until("long")
 
 
+def test_a_slow_model_is_known_after_a_few_steps() -> None:
+    cost, work = CostModel(), Work().plus(0, 200)
+    for num_rows in (20, *[1] * 20, 50):
+        step = Work().plus(0, num_rows)
+        cost.observe(step, SLOW.step + SLOW.row * num_rows)
+    assert cost.step_s(work) == pytest.approx(SLOW.step + 200 * SLOW.row, rel=0.25)
+
+
+SLOW = FakeCost(step=0.15, row=0.015)
+"""Of a model of some billions of parameters: one step takes three times `max_step_s`."""
+
+
+@pytest.mark.parametrize("service_class", [INTERACTIVE, STANDARD, BACKGROUND])
+@pytest.mark.parametrize("streaming", [INTERACTIVE, STANDARD])
+def test_on_a_slow_model_a_newcomer_is_read_beside_a_stream(
+    streaming: ServiceClass, service_class: ServiceClass
+) -> None:
+    device = Device(cost=SLOW)
+    for i, num_prompt in enumerate((100, 300, 20, 200)):  # until the cost model knows what a row costs
+        device.add(f"warm{i}", num_prompt, 20, streaming, "chat")
+        device.run_until(f"warm{i}")
+    device.add("stream", 30, 200, streaming, "chat")
+    while "stream" not in device.times:
+        device.step()
+    device.add("newcomer", 100, 4, service_class, "new")
+    device.run_until("newcomer")
+    assert device.ttft("newcomer") <= 3 * (SLOW.step + 100 * SLOW.row), (
+        "it would be 240 s, were all steps held to 45 ms"
+    )
+    if streaming is INTERACTIVE:
+        assert max(device.gaps("stream")) <= 2 * (SLOW.step + SLOW.row)
+
+
+def test_on_a_slow_model_streams_share_steps() -> None:
+    device = Device(cost=SLOW)
+    for i in range(6):
+        device.add(f"s{i}", 8, 40, STANDARD, f"app{i}")
+    device.run_until(*(f"s{i}" for i in range(6)))
+    assert device.clock() < 0.4 * 6 * 40 * SLOW.step
+
+
 def steps_to_the_first_token(service_class: ServiceClass) -> int:
     """Of a prompt of 16 tokens, too long for one step beside the stream, that comes behind a lent one."""
     device = Device()
@@ -280,12 +321,13 @@ def test_the_least_class_is_not_starved() -> None:
 # ---- deadlines and limits ----
 
 
-def test_a_deadline_that_can_be_met_is_met_and_the_receipt_says_so() -> None:
+@pytest.mark.parametrize("num_steps", [5, 40])
+def test_a_deadline_that_can_be_met_is_met_and_the_receipt_says_so(num_steps: int) -> None:
     with_deadline, without = Device(), Device()
     for device in (with_deadline, without):
         for i in range(6):
             device.add(f"bg{i}", 1500, 16, STANDARD, f"app{i}")
-        for _ in range(5):
+        for _ in range(num_steps):
             device.step()
     with_deadline.add("wanted", 200, 4, STANDARD, "late", ttft_deadline_s=0.6)
     without.add("wanted", 200, 4, STANDARD, "app0")

@@ -4,12 +4,14 @@
 
 a is reading the weights and all that a step costs anyway, b a row's matrix products, c its attention, d bringing a
 sequence's keys and values in once, however many rows look at them. Fitted by least squares on relative errors, older
-steps forgotten with a half-life of 200 steps, and held near a prior so that the first steps are sane. Example: with
+steps forgotten with a half-life of 200 steps, and held near a prior so that the first steps are sane: the default
+model's, times what the first steps took of its estimates, because a larger model is slower in all four. Example: with
 a = 4 ms, b = 0.3 ms, c = 0.4 us, d = 1 us, 8 rows of a prompt at 1,000 are 4 + 2.4 + 3.2 + 1 = 10.6 ms.
 """
 
 from __future__ import annotations
 
+import statistics
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +21,8 @@ PRIOR = np.array([4e-3, 3e-4, 3e-7, 1e-6])
 FORGET = 0.5 ** (1 / 200)
 OUTLIER = 4.0
 """A step this many times the estimate was disturbed (a core taken away): it counts as this much, no more."""
+SETTLE = 16
+"""Steps that the prior is scaled by: the middle one of their ratios."""
 REFIT_EVERY = 8
 RIDGE = 0.01
 """Weight of the prior, in steps."""
@@ -48,6 +52,8 @@ class CostModel:
     """Seconds per step, online."""
 
     def __init__(self) -> None:
+        self._prior = PRIOR
+        self._ratios: list[float] = []
         self._coefficients = [float(value) for value in PRIOR]
         # Sums over steps of x x^T (upper triangle) and of x, where x = (1, rows, context, keys) / seconds.
         self._sums = [0.0] * 14
@@ -55,6 +61,8 @@ class CostModel:
 
     def observe(self, work: Work, seconds: float) -> None:
         """Learn from a step."""
+        if len(self._ratios) < SETTLE:
+            self._settle(work, seconds)
         seconds = min(max(seconds, 1e-6), OUTLIER * self.step_s(work))
         w, x, y, z = 1.0 / seconds, work.num_rows / seconds, work.context / seconds, work.num_keys / seconds
         news = (w * w, w * x, w * y, w * z, x * x, x * y, x * z, y * y, y * z, z * z, w, x, y, z)
@@ -63,12 +71,20 @@ class CostModel:
         if self._num_steps % REFIT_EVERY == 0 or self._num_steps < REFIT_EVERY:
             self._refit()
 
+    def _settle(self, work: Work, seconds: float) -> None:
+        """Scale the prior, and with it what is believed so far."""
+        self._ratios.append(seconds / float(PRIOR @ (1, *work)))
+        prior = PRIOR * statistics.median(self._ratios)
+        self._coefficients = (np.array(self._coefficients) * prior / self._prior).tolist()
+        self._prior = prior
+
     def _refit(self) -> None:
         """Least squares with a ridge towards the prior, in units of the prior so that all four weigh alike."""
         ww, wx, wy, wz, xx, xy, xz, yy, yz, zz, *firsts = self._sums
         gram = np.array([[ww, wx, wy, wz], [wx, xx, xy, xz], [wy, xy, yy, yz], [wz, xz, yz, zz]])
-        fit = np.linalg.solve(gram * np.outer(PRIOR, PRIOR) + RIDGE * np.eye(4), np.array(firsts) * PRIOR + RIDGE)
-        self._coefficients = (np.maximum(fit, 0.05) * PRIOR).tolist()
+        prior = self._prior
+        fit = np.linalg.solve(gram * np.outer(prior, prior) + RIDGE * np.eye(4), np.array(firsts) * prior + RIDGE)
+        self._coefficients = (np.maximum(fit, 0.05) * prior).tolist()
 
     def step_s(self, work: Work) -> float:
         """Estimated seconds of a step."""

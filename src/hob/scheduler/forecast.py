@@ -15,6 +15,10 @@ from hob.scheduler.cost import CostModel, Work
 from hob.scheduler.order import Order
 from hob.scheduler.placement import Placement
 
+WORTH_WAITING = 4.0
+"""Background work waits for a step that is so many times as long as those of an interactive stream: of 24 steps of 3 ms
+a lent one gives it 42 ms in one piece, and the others could give 2.4 ms each, most of which its keys would take. Of 24
+steps of 10 ms a lent one gives 35 ms, the others 8 each."""
 LEAST_SHARE = 0.1
 """Of a step that is taken to be left for work that is not streaming, however many streams there are."""
 
@@ -66,6 +70,10 @@ class Forecast:
         rest_s = self._cost.prompt_s(start, max(sequence.num_needed_tokens - start, 1))
         return rest_s + self._cost.step_s(Work())
 
+    def filled_s(self, sequence: Sequence) -> float:
+        """The same in steps that others fill: the last rows of a prompt take as long as the step that they are in."""
+        return self.need_s(sequence) + long_step_s(self._config, self._cost, Work())
+
     def retry_after_s(self, num_excess: int) -> float:
         """Seconds until so many of the waiting sequences will have started."""
         started = self._order(self._placement.waiting)[:num_excess]
@@ -85,16 +93,18 @@ class Forecast:
 
     def _pace(self, sequence: Sequence, streams: list[Sequence]) -> tuple[float, float]:
         """Most seconds of a step while it is read, and the part of them that reading the weights and streams take."""
-        every, urgent = Work(), Work()
+        every, urgent, paced = Work(), Work(), Work()
         for stream in streams:
             every = every.plus(stream.num_tokens, 1)
             if stream.request.service_class is ServiceClass.INTERACTIVE:
                 urgent = urgent.plus(stream.num_tokens, 1)
-        step_s, every_s = self._config.max_step_s, self._cost.step_s(every)
+            if is_paced(stream):
+                paced = paced.plus(stream.num_tokens, 1)
+        step_s, every_s = long_step_s(self._config, self._cost, paced), self._cost.step_s(every)
         if urgent.num_rows and sequence.request.service_class is not ServiceClass.INTERACTIVE:
             urgent_s, lend_every = self._cost.step_s(urgent), self._config.lend_every
             short_s = self._config.urgent_stretch * urgent_s
-            if lend_every and is_patient(sequence):
+            if lend_every and is_patient(sequence) and step_s > WORTH_WAITING * short_s:
                 lent_s = max(step_s - every_s, LEAST_SHARE * step_s) / lend_every
                 return min(every_s, short_s) + lent_s, min(every_s, short_s)
             step_s, every_s = min(step_s, short_s), urgent_s  # others' streams stand back first
@@ -131,6 +141,15 @@ class Forecast:
         if sequence.request.kind is not Kind.GENERATE:
             return 1
         return sequence.request.sampling.max_tokens - sequence.num_generated
+
+
+def long_step_s(config: SchedulerConfig, cost: CostModel, paced: Work) -> float:
+    """Most seconds of a step: `max_step_s`, or `urgent_stretch` times what its streams take, if that is more.
+
+    paced: rows of streams that must be in it. Example: with one stream of a model of 150 ms a step it is 270 ms, of
+    which 120 are for others.
+    """
+    return max(config.max_step_s, config.urgent_stretch * cost.step_s(paced))
 
 
 def lack_of(sequence: Sequence) -> int:

@@ -29,10 +29,10 @@ NOT_DUE = float("inf")
 class Order:
     """Sorts sequences for one step. `at` sets the moment; the sort itself reads no clock.
 
-    need_s(sequence): seconds from now to its first token if it ran at once.
+    need_s(sequence): seconds from now to its first token if it ran at once, in steps that others fill.
     """
 
-    def __init__(self, need_s: Callable[[Sequence], float] = lambda sequence: 0.0) -> None:
+    def __init__(self, need_s: Callable[[Sequence], float]) -> None:
         self.fairness = VirtualTime()
         self._need_s = need_s
         self._now = 0.0

@@ -7,8 +7,9 @@ row (they stream), then to all others in order. Chunked prefill, continuous batc
 follow from "compute some of num_needed_tokens - num_computed_tokens".
 
 The budget is milliseconds, from the cost model: a step that carries interactive rows may take `urgent_stretch` times
-what it would with them alone, any other at most `max_step_s`, so that whoever comes next waits no longer. A stream with
-a limit on its time per token bounds its steps in the same way.
+what it would with them alone, any other at most `max_step_s`, so that whoever comes next waits no longer; of a model
+whose steps take longer than that anyway, `urgent_stretch` times what its streams take. A stream with a limit on its
+time per token bounds its steps in the same way.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from hob.request import (
 from hob.scheduler.abandon import StepUnderWay
 from hob.scheduler.admission import check_limits, check_request, sequences_of
 from hob.scheduler.cost import CostModel, Work
-from hob.scheduler.forecast import Forecast, is_paced, is_patient, lack_of
+from hob.scheduler.forecast import WORTH_WAITING, Forecast, is_paced, is_patient, lack_of, long_step_s
 from hob.scheduler.order import Order
 from hob.scheduler.placement import Copy, Placement
 from hob.scheduler.speculation import MARGIN, Speculation, look_up, may_draft
@@ -80,6 +81,8 @@ class Plan:
     """The part of interactive sequences: what the step would be without the others."""
     num_urgent: int = 0
     """Interactive sequences in it."""
+    paced: Work = field(default_factory=Work)
+    """The part of streams that must have a row in each step."""
     pace_s: float = float("inf")
     """Most seconds that a stream in it allows by its limit."""
     planned: set[int] = field(default_factory=set)
@@ -96,6 +99,8 @@ class Plan:
         if sequence.request.service_class is ServiceClass.INTERACTIVE:
             self.urgent = self.urgent.plus(start, num_rows)
             self.num_urgent += 1
+        if num_rows == 1 and is_paced(sequence):
+            self.paced = self.paced.plus(start, 1)
         if sequence.request.tpot_limit_s is not None and sequence.first_token_s is not None:
             self.pace_s = min(self.pace_s, PACE_MARGIN * sequence.request.tpot_limit_s)
 
@@ -145,7 +150,7 @@ class Scheduler:
         self.context_length = context_length
         self.vocab_size = vocab_size
         self.cost = CostModel()
-        self.order = Order(lambda sequence: self.forecast.need_s(sequence))
+        self.order = Order(lambda sequence: self.forecast.filled_s(sequence))
         self.placement = Placement(num_blocks, config.max_running, config.prefix_cache, self.order, second, salt_of)
         self.forecast = Forecast(config, self.cost, self.order, self.placement)
         self.speculation = Speculation()
@@ -382,7 +387,7 @@ class Scheduler:
         for chunk in streams:
             work = work.plus(chunk.start, 1)
         token_s = self.cost.step_s(work) / len(streams)
-        budget_s = min(self.config.max_step_s, plan.pace_s, self._short_s(plan))
+        budget_s = min(self._long_s(plan), plan.pace_s, self._short_s(plan))
         most = self.config.max_running - len(plan.chunks)
         for chunk in streams:
             sequence, row_s = chunk.sequence, MARGIN * self.cost.row_s(chunk.end)
@@ -407,7 +412,7 @@ class Scheduler:
         if len(plan.chunks) >= self.config.max_running:
             return 0
         spent_s = self.cost.step_s(plan.work)
-        budget_s = self.config.max_step_s
+        budget_s = self._long_s(plan)
         if self.order.is_starved(sequence):
             budget_s += spent_s  # once a second; less than one gap in twenty of a stream
         else:
@@ -426,6 +431,8 @@ class Scheduler:
         """
         if not plan.num_urgent or not self.config.lend_every or self._lends(plan) or self.order.is_starved(sequence):
             return False
+        if self._long_s(plan) < WORTH_WAITING * self._short_s(plan):
+            return False
         request = sequence.request
         is_bound = request.service_class is ServiceClass.INTERACTIVE or request.ttft_deadline_s is not None
         return is_patient(sequence) or (num_rows < LEAST_PART and not is_bound)
@@ -433,6 +440,9 @@ class Scheduler:
     def _short_s(self, plan: Plan) -> float:
         """Most seconds of a step for the sake of its interactive rows."""
         return self.config.urgent_stretch * self.cost.step_s(plan.urgent) if plan.num_urgent else float("inf")
+
+    def _long_s(self, plan: Plan) -> float:
+        return long_step_s(self.config, self.cost, plan.paced)
 
     def _lends(self, plan: Plan) -> bool:
         """Whether the step is the one of `lend_every` whose time lesser classes may use. A first token never waits."""

@@ -75,5 +75,6 @@ class Stepper:
 def limited(config: SchedulerConfig, turn: Turn) -> SchedulerConfig:
     """The limits of a step where several models take turns. None lends: long gaps would earn others long turns."""
     if turn.max_step_s is not None:
-        return replace(config, max_step_s=min(config.max_step_s, turn.max_step_s), lend_every=0)
+        max_step_s = min(config.max_step_s, turn.max_step_s)
+        return replace(config, max_step_s=max_step_s, urgent_stretch=1.0, lend_every=0)
     return replace(config, urgent_stretch=turn.urgent_stretch or config.urgent_stretch, lend_every=0)
