@@ -61,9 +61,10 @@ class CostModel:
 
     def observe(self, work: Work, seconds: float) -> None:
         """Learn from a step."""
+        seconds = max(seconds, 1e-6)
         if len(self._ratios) < SETTLE:
             self._settle(work, seconds)
-        seconds = min(max(seconds, 1e-6), OUTLIER * self.step_s(work))
+        seconds = min(seconds, OUTLIER * self.step_s(work))
         w, x, y, z = 1.0 / seconds, work.num_rows / seconds, work.context / seconds, work.num_keys / seconds
         news = (w * w, w * x, w * y, w * z, x * x, x * y, x * z, y * y, y * z, z * z, w, x, y, z)
         self._sums = [FORGET * old + new for old, new in zip(self._sums, news, strict=True)]
