@@ -145,12 +145,16 @@ def change_budget(owner: Client, sampler: Sampler, budget: int) -> None:
 
 
 def rest(owner: Client) -> None:
-    """Unload all models."""
-    for name in NAMES:
-        for go in (owner.end_lease, owner.unload):
-            with suppress(HobError):  # no lease, or not loaded
-                go(name)
-    until(lambda: not owner.memory()["models"], "the models to go", PATIENCE_S)
+    """Unload all models, those too that a lease has asked for and that come only now."""
+
+    def are_gone() -> bool:
+        for name in NAMES:
+            for go in (owner.end_lease, owner.unload):
+                with suppress(HobError):  # no lease, or not loaded
+                    go(name)
+        return not owner.memory()["models"]
+
+    until(are_gone, "the models to go", PATIENCE_S)
 
 
 def play(daemon: Daemon, seed: float, acts: int) -> Findings:
