@@ -1,7 +1,7 @@
 // Linear layers over packed panels, with adapters: what both schedules of a forward pass (forward.cpp) are made of.
 //
-// Split off so that a thread whose job is over may be at work here still: nothing in this file knows the step, only the
-// model, what it is given, and a thread's own Scratch (threads.h says why that matters).
+// Nothing here knows the step, only the model, what it is given and a thread's own Scratch: so a thread whose job is over
+// may be at work here still (threads.h).
 #pragma once
 
 #include "kernels.h"

@@ -85,7 +85,8 @@ class SchedulerConfig:
     max_step_tokens: int = 512
     """Most rows of a step, prefill and decode together: the size of the engine's workspace."""
     max_step_s: float = 0.045
-    """Seconds a step may take by the cost model. Whoever arrives waits for one step; lower costs prefill speed."""
+    """Seconds a step may take by the cost model. Whoever arrives waits for one step; lower costs prefill speed. A model
+    whose streams take longer has longer steps."""
     urgent_stretch: float = 1.8
     """How many times longer than with them alone a step may take that carries interactive rows."""
     lend_every: int = 24

@@ -102,10 +102,10 @@ class Forecast:
                 paced = paced.plus(stream.num_tokens, 1)
         step_s, every_s = long_step_s(self._config, self._cost, paced), self._cost.step_s(every)
         if urgent.num_rows and sequence.request.service_class is not ServiceClass.INTERACTIVE:
-            urgent_s, lend_every = self._cost.step_s(urgent), self._config.lend_every
+            urgent_s = self._cost.step_s(urgent)
             short_s = self._config.urgent_stretch * urgent_s
-            if lend_every and is_patient(sequence) and step_s > WORTH_WAITING * short_s:
-                lent_s = max(step_s - every_s, LEAST_SHARE * step_s) / lend_every
+            if is_patient(sequence) and is_waiting_worth_it(self._config, step_s, short_s):
+                lent_s = max(step_s - every_s, LEAST_SHARE * step_s) / self._config.lend_every
                 return min(every_s, short_s) + lent_s, min(every_s, short_s)
             step_s, every_s = min(step_s, short_s), urgent_s  # others' streams stand back first
         return step_s, min(every_s, (1 - LEAST_SHARE) * step_s)
@@ -150,6 +150,11 @@ def long_step_s(config: SchedulerConfig, cost: CostModel, paced: Work) -> float:
     which 120 are for others.
     """
     return max(config.max_step_s, config.urgent_stretch * cost.step_s(paced))
+
+
+def is_waiting_worth_it(config: SchedulerConfig, long_s: float, short_s: float) -> bool:
+    """Whether steps are lent, and last so long beside those of a stream that lesser prompts should wait for them."""
+    return config.lend_every > 0 and long_s >= WORTH_WAITING * short_s
 
 
 def lack_of(sequence: Sequence) -> int:

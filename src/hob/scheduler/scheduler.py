@@ -40,7 +40,7 @@ from hob.request import (
 from hob.scheduler.abandon import StepUnderWay
 from hob.scheduler.admission import check_limits, check_request, sequences_of
 from hob.scheduler.cost import CostModel, Work
-from hob.scheduler.forecast import WORTH_WAITING, Forecast, is_paced, is_patient, lack_of, long_step_s
+from hob.scheduler.forecast import Forecast, is_paced, is_patient, is_waiting_worth_it, lack_of, long_step_s
 from hob.scheduler.order import Order
 from hob.scheduler.placement import Copy, Placement
 from hob.scheduler.speculation import MARGIN, Speculation, look_up, may_draft
@@ -429,9 +429,9 @@ class Scheduler:
         A stream's step has time for few rows beside it, and each part of a prompt reads the keys before it anew: the
         stream would be slowed for next to nothing. A lent step comes soon. Rows that end a prompt do not wait.
         """
-        if not plan.num_urgent or not self.config.lend_every or self._lends(plan) or self.order.is_starved(sequence):
+        if not plan.num_urgent or self._lends(plan) or self.order.is_starved(sequence):
             return False
-        if self._long_s(plan) < WORTH_WAITING * self._short_s(plan):
+        if not is_waiting_worth_it(self.config, self._long_s(plan), self._short_s(plan)):
             return False
         request = sequence.request
         is_bound = request.service_class is ServiceClass.INTERACTIVE or request.ttft_deadline_s is not None
@@ -442,6 +442,7 @@ class Scheduler:
         return self.config.urgent_stretch * self.cost.step_s(plan.urgent) if plan.num_urgent else float("inf")
 
     def _long_s(self, plan: Plan) -> float:
+        """Most seconds of a step that is held back by nobody's pace."""
         return long_step_s(self.config, self.cost, plan.paced)
 
     def _lends(self, plan: Plan) -> bool:

@@ -73,7 +73,10 @@ class Stepper:
 
 
 def limited(config: SchedulerConfig, turn: Turn) -> SchedulerConfig:
-    """The limits of a step where several models take turns. None lends: long gaps would earn others long turns."""
+    """The limits of a step where several models take turns. None lends: long gaps would earn others long turns.
+
+    What a less urgent model is owed bounds its step, however long its streams take: it is not stretched beyond.
+    """
     if turn.max_step_s is not None:
         max_step_s = min(config.max_step_s, turn.max_step_s)
         return replace(config, max_step_s=max_step_s, urgent_stretch=1.0, lend_every=0)
