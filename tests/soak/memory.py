@@ -4,8 +4,8 @@ A real daemon with several random checkpoints that do not fit the budget togethe
 completions and turns of contexts, take and end leases; the budget shrinks and grows between rounds. Meanwhile PSS of
 both processes is sampled. Prints JSON; exit status 1 if the promise was broken once or a request went wrong.
 
-The memory slope is fitted to the anonymous memory at the end of each round, when nothing is in flight and no model is
-resident, in bytes an hour with its standard error. Not to PSS: of that a library takes more when other programs that
+The memory slopes are fitted to the anonymous memory at the end of each round, when nothing is in flight and no model is
+resident, in bytes an hour with their standard errors. Not to PSS: of that a library takes more when other programs that
 use it end.
 """
 
@@ -19,7 +19,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,15 @@ ACTS = 8
 
 
 @dataclass
+class Rest:
+    """What both processes have of their own while nothing is in flight and no model is resident."""
+
+    after_s: float
+    api_bytes: int
+    engine_bytes: int
+
+
+@dataclass
 class Findings:
     """What a run brought."""
 
@@ -60,8 +69,8 @@ class Findings:
     worst_bytes: int = -(1 << 60)
     """Most that PSS was ever above the budget of its moment. Below `overhead_bytes`: the promise held."""
     overhead_bytes: int = 0
-    resting: list[tuple[float, int]] = field(default_factory=list)
-    """Seconds and anonymous memory at the end of each round."""
+    resting: list[Rest] = field(default_factory=list)
+    """The end of each round."""
     wrong: list[str] = field(default_factory=list)
 
 
@@ -97,9 +106,9 @@ def pss_of(pid: int) -> int:
     return sum(p.pss_bytes for p in processes_below(pid) if p.role in ("api", "engine"))
 
 
-def anonymous_of(pid: int) -> int:
-    """What a daemon and its engine process have of their own."""
-    return sum(rollup_bytes(p.pid, "Anonymous") or 0 for p in processes_below(pid) if p.role in ("api", "engine"))
+def anonymous_of(pid: int, role: str) -> int:
+    """What a daemon's process of this role has of its own."""
+    return sum(rollup_bytes(p.pid, "Anonymous") or 0 for p in processes_below(pid) if p.role == role)
 
 
 def make_models(folder: Path) -> None:
@@ -128,7 +137,8 @@ def run(seconds: float, seed: int, acts: int = ACTS, clients: int = CLIENTS, gra
                             findings.num_refused += client_findings.num_refused
                             findings.wrong += client_findings.wrong
                     rest(owner)
-                    findings.resting.append((time.monotonic() - start, anonymous_of(daemon.process.pid)))
+                    of_role = [anonymous_of(daemon.process.pid, role) for role in ("api", "engine")]
+                    findings.resting.append(Rest(time.monotonic() - start, *of_role))
                 memory = owner.memory()
             findings.seconds = time.monotonic() - start
             findings.num_loads, findings.num_unloads = memory["num_loads"], memory["num_unloads"]
@@ -198,9 +208,18 @@ def act(client: Client, rng: random.Random, model: str, contexts: dict[str, str]
 CLASSES = ("interactive", "standard", "background")
 
 
+def slopes(rests: list[Rest]) -> dict[str, tuple[float, float]]:
+    """Of each process over the last three quarters of the rounds (the first quarter warms up) and over the last."""
+    found = {}
+    for part, last in (("three_quarters", 3 * len(rests) // 4), ("last_quarter", len(rests) // 4)):
+        for role in ("api", "engine"):
+            points = [(rest.after_s, getattr(rest, f"{role}_bytes")) for rest in rests[len(rests) - last :]]
+            found[f"{role}_{part}"] = slope(points)
+    return found
+
+
 def slope(points: list[tuple[float, int]]) -> tuple[float, float]:
-    """Bytes an hour and their standard error, by least squares; the first quarter warms up and does not count."""
-    points = points[len(points) // 4 :]
+    """Bytes an hour and their standard error, by least squares."""
     if len(points) < 4:
         return 0.0, float("inf")
     x, y = (np.array(values, float) for values in zip(*points, strict=True))
@@ -217,10 +236,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     findings = run(given.seconds, given.seed)
-    rate, error = slope(findings.resting)
-    report = vars(findings) | {"slope_bytes_per_hour": rate, "slope_error": error, "num_rounds": len(findings.resting)}
-    del report["resting"]
-    print(json.dumps(report, indent=2))
+    print(json.dumps(asdict(findings) | {"slopes": slopes(findings.resting)}, indent=2))
     return int(findings.worst_bytes > findings.overhead_bytes or bool(findings.wrong))
 
 
