@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,38 @@ def test_the_command_line_shows_and_changes_the_budget(daemon: Daemon) -> None:
         client.set_budget(400_000_000)
     wrong = hob(daemon.home, "memory", "--budget", "much")
     assert (wrong.returncode, "budget" in wrong.stderr) == (2, True)
+
+
+def test_replies_go_on_after_their_model_gave_way_to_another() -> None:
+    """Two models whose replies fit only one at a time; one reply is held to a grammar."""
+    num_tokens, kv_bytes = 1500, 8192
+    shape = replace(SHAPE, num_kv_heads=8, context_length=2048)
+
+    def reply(daemon: Daemon, model: str) -> str:
+        with Client(daemon.rundir.socket_path, app="test", model=model, timeout_s=60) as client:
+            form = {"regex": "[a-z ]+"} if model == "beta" else {}
+            no_end = {"2": -100}
+            done = client.complete("Hello", max_tokens=num_tokens, temperature=0, logit_bias=no_end, **form)
+        assert done["usage"]["completion_tokens"] == num_tokens
+        return str(done["choices"][0]["text"])
+
+    with short_folder() as home:
+        (home / "models").mkdir()
+        for seed, name in enumerate(NAMES):
+            ensure_packed(write_tiny_gguf(home / "models" / f"{name}.gguf", seed, "F32", shape))
+        with (
+            Daemon(home, model="alpha", budget="400MB", kv_tokens=2048, kv_type="f16").wait_ready() as daemon,
+            daemon.client() as owner,
+        ):
+            alone = [reply(daemon, name) for name in NAMES]
+            assert "gives way" not in daemon.log, "the control"
+            models = owner.memory()["models"]
+            fixed = sum(model["num_bytes"] - model["accounts"]["kv"] for model in models)
+            owner.set_budget(fixed + num_tokens * kv_bytes * 3 // 4)
+            with ThreadPoolExecutor(2) as pool:
+                together = list(pool.map(lambda name: reply(daemon, name), NAMES))
+            assert "gives way" in daemon.log
+            assert together == alone
 
 
 def test_only_the_owner_changes_the_budget_and_unloads(daemon: Daemon) -> None:

@@ -245,6 +245,42 @@ def test_models_whose_sequences_fit_only_alone_take_turns() -> None:
     assert house.tokens("a-long") == house.tokens("b-long") == solo(3500, 8)
 
 
+def tied_house() -> House:
+    """Two models with a long reply each; together they do not fit, and both have brought tokens when that shows."""
+    size = (17 << 20) // 2
+    house = house_of("a", "b", size=size, budget=2 * size + 70 * BLOCK_BYTES)
+    for name in ("a", "b"):
+        house.ask(name, name, num_prompt=300, max_tokens=1000)
+    while house.loaded == {"a", "b"} or not house.tokens("b"):
+        house.step() or house.clock.sleep(0.05)
+    return house
+
+
+def test_a_reply_that_has_begun_goes_on_after_its_model_gave_way() -> None:
+    house = tied_house()
+    assert 0 < len(house.tokens("a")) < 1000, "the control: it was not done when a model gave way"
+    assert 0 < len(house.tokens("b")) < 1000
+    house.run(120)
+    assert house.tokens("a") == house.tokens("b") == solo(300, 1000)
+    assert house.residents.num_loads >= 3
+    assert not house.residents.fairness._num_busy
+
+
+def test_a_request_whose_model_gave_way_can_be_cancelled_and_is_told_if_its_model_cannot_come_back() -> None:
+    house, other = tied_house(), tied_house()
+    gone = ({"a", "b"} - house.loaded).pop()
+    house.residents.cancel(gone, house.clock.now)
+    house.run(120)
+    assert not house.is_done(gone)
+    assert gone not in house.loaded, "nobody wants it any more"
+    other.opener.broken.add(gone)
+    other.run(120)
+    assert other.error(gone) == "ModelFileError"
+    for each in (house, other):
+        assert each.tokens("b" if gone == "a" else "a") == solo(300, 1000)
+        assert not each.residents.fairness._num_busy
+
+
 def test_the_budget_can_shrink_and_grow_while_running() -> None:
     house = house_of("a", "b", size=9 * MB)
     for name in ("a", "b"):

@@ -230,6 +230,27 @@ class Scheduler:
             if not sequence.is_finished:
                 self._finish(sequence, FinishReason.CANCELLED, now)
 
+    def park(self) -> list[list[Sequence]]:
+        """Give up all requests, none of which may be running: `resume` has them go on where they are.
+
+        Returns the sequences of each.
+        """
+        parked, self._requests = list(self._requests.values()), {}
+        for sequence in list(self.waiting):
+            self.placement.remove(sequence)
+            self.order.fairness.leave(sequence.request.app)
+            sequence.block_keys, sequence.is_left = [], False  # both are of this cache and its disk tier
+        return parked
+
+    def resume(self, parked: list[list[Sequence]]) -> None:
+        """Take in what another scheduler of the same model has parked."""
+        for sequences in parked:
+            self._requests[sequences[0].request.request_id] = sequences
+            for sequence in sequences:
+                if not sequence.is_finished:
+                    self.placement.waiting.append(sequence)
+                    self.order.fairness.enter(sequence.request.app)
+
     def schedule(self, now: float) -> Plan | None:
         """The next step, or None when there is nothing to compute. Blocks for all its rows are held when it returns."""
         self.order.at(now, self.running + self.waiting)

@@ -3,18 +3,20 @@
     wanted --room made, reserved--> loading --> ready --idle, rank, pressure, room for another--> draining --> gone
 
 One process holds them all, so that one step at a time has all cores: two processes on the same cores would take turns
-by the kernel's clock, and neither cost model, nor class, nor fairness would mean anything. Turns
-are shared out in `turns.py`; those that are there, and the memory they share, are in `room.py`.
+by the kernel's clock, and neither cost model, nor class, nor fairness would mean anything. Turns are shared out in
+`turns.py`; those that are there, and the memory they share, are in `room.py`.
 
 A request for a model that is not there waits for it; none in flight is ended by an unload. A model that is wanted for
 DRAIN_AFTER_S while all others are busy has the lowest of them drained: it takes no new requests, which wait in their
-turn. All is synchronous and owned by the loop; loading itself runs in `workers.py`. Time is passed in.
+turn. Models whose sequences fit only one at a time take turns: what the one that gives way had begun goes on when it is
+back. All is synchronous and owned by the loop; loading itself runs in `workers.py`. Time is passed in.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,7 +32,7 @@ from hob.errors import (
 )
 from hob.kvcache.pool import BLOCK_SIZE
 from hob.messages import Answer, Lease, MemoryStats, ModelSpec, ModelStats
-from hob.request import FinishReason, OutputError, Place, Request, SequenceOutput
+from hob.request import FinishReason, OutputError, Place, Request, Sequence, SequenceOutput
 from hob.scheduler.fairness import VirtualTime
 from hob.service.leases import Leases
 from hob.service.ledger import OVERHEAD_BYTES, Ledger
@@ -76,20 +78,36 @@ class ResidencyConfig:
 
 
 @dataclass(slots=True)
+class Waiting:
+    """A request whose model is not there."""
+
+    request: Request
+    matchers: Many[object]
+    """Where its samples stand in their grammar, if it has one."""
+    since: float
+
+
+@dataclass(slots=True)
 class _Wanted:
     """A model that is asked for and not there."""
 
     spec: ModelSpec
     since: float
     call_ids: list[int] = field(default_factory=list)
-    requests: list[tuple[Request, Sequence[object]]] = field(default_factory=list)
-    """With their matchers, where they have a grammar."""
+    requests: list[Waiting] = field(default_factory=list)
+    parked: list[list[Sequence]] = field(default_factory=list)
+    """Sequences of requests that had begun when it gave way: they go on when it is back."""
     footprint: Footprint | None = None
     is_loading: bool = False
     opened: Opened | None = None
     behind: set[str] = field(default_factory=set)
     """Models that it gave way to: it stands back while they have work, up to `behind_until`."""
     behind_until: float = 0.0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests."""
+        return len(self.requests) + len(self.parked)
 
 
 class Residents:
@@ -149,7 +167,7 @@ class Residents:
         if (resident := self.room.residents.get(name)) is not None:
             resident.scheduler.placement.prefixes.publish(prompts)
 
-    def submit(self, request: Request, now: float, matchers: Sequence[object] = ()) -> Place | None:
+    def submit(self, request: Request, now: float, matchers: Many[object] = ()) -> Place | None:
         """Give a request to its model's scheduler, or have it wait for its model. Raises what admission raises."""
         name = request.model or self.room.default
         resident = self.room.residents.get(name)
@@ -158,20 +176,25 @@ class Residents:
             return resident.scheduler.add(request, now, matchers)
         if name not in self._specs:
             raise ModelNotFound(f"model '{name}' is not known here. Known: {', '.join(self._specs)}.", param="model")
-        if sum(len(w.requests) for w in self._wanted.values()) >= self._config.max_waiting:
+        if sum(wanted.num_waiting for wanted in self._wanted.values()) >= self._config.max_waiting:
             raise Overloaded(
                 f"{self._config.max_waiting} requests wait for models to be loaded, which is the limit",
                 retry_after_s=2.0,
             )
-        self._want(self._specs[name], now).requests.append((request, matchers))
+        self._want(self._specs[name], now).requests.append(Waiting(request, matchers, now))
         return None
 
     def cancel(self, request_id: str, now: float) -> None:
-        """The client left."""
+        """The client left. A model that nobody else waits for is not loaded for it any more."""
         for resident in self:
             resident.scheduler.cancel(request_id, now)
-        for wanted in self._wanted.values():
-            wanted.requests = [r for r in wanted.requests if r[0].request_id != request_id]
+        for name, wanted in list(self._wanted.items()):
+            num_waiting = wanted.num_waiting
+            wanted.requests = [waiting for waiting in wanted.requests if waiting.request.request_id != request_id]
+            wanted.parked = [sequences for sequences in wanted.parked if id_of(sequences) != request_id]
+            is_last = num_waiting > 0 and not wanted.num_waiting
+            if is_last and not wanted.is_loading and not wanted.call_ids and not self.room.leases.apps(name):
+                del self._wanted[name]
 
     def load(self, call_id: int, spec: ModelSpec, now: float) -> None:
         """A client wants a model loaded; it is answered when that is so or cannot be."""
@@ -270,10 +293,7 @@ class Residents:
             self._begin_one(now)
 
     def _break_tie(self, now: float) -> None:
-        """Models whose waiting sequences fit only without each other's weights: the lowest gives way.
-
-        Its requests that have brought nothing yet come again when it is back; the others end with an error.
-        """
+        """Models whose waiting sequences fit only without each other's weights: the lowest gives way."""
         busy = [resident for resident in self if resident.scheduler.has_work]
         if len(busy) < 2 or self.room.closing or any(resident.scheduler.running for resident in busy):
             self._tied_since = None
@@ -285,17 +305,10 @@ class Residents:
 
     def _give_way(self, resident: Resident, now: float) -> None:
         log.warning("model '%s' gives way: its requests and another model's do not fit together", resident.name)
-        waiting = resident.scheduler.waiting
-        touched = {s.request.request_id for s in waiting if s.num_generated or s.matcher is not None}
-        for request_id, request in {s.request.request_id: s.request for s in waiting}.items():
-            resident.scheduler.cancel(request_id, now)
-            if request_id in touched:
-                self._end(request, Overloaded("memory ran short while the reply was being made", retry_after_s=5.0))
-            else:
-                self._want(resident.spec, now).requests.append((request, ()))
-        if (wanted := self._wanted.get(resident.name)) is not None:
-            wanted.behind = {other.name for other in self if other is not resident and other.scheduler.has_work}
-            wanted.behind_until = now + MAX_BEHIND_S
+        wanted = self._want(resident.spec, now)
+        wanted.parked += resident.scheduler.park()
+        wanted.behind = {other.name for other in self if other is not resident and other.scheduler.has_work}
+        wanted.behind_until = now + MAX_BEHIND_S
         self.room.close(resident)
 
     def next_due_s(self, now: float) -> float | None:
@@ -312,7 +325,7 @@ class Residents:
         """The ledger and the models."""
         models = [self.room.model_stats(resident, now) for resident in [*self, *self.room.closing.values()]]
         models += [
-            ModelStats(name, "loading" if w.is_loading else "waiting", num_waiting=len(w.requests))
+            ModelStats(name, "loading" if w.is_loading else "waiting", num_waiting=w.num_waiting)
             for name, w in self._wanted.items()
             if name not in self.room.residents and name not in self.room.closing
         ]
@@ -460,11 +473,12 @@ class Residents:
         self.room.set_limits()
         for call_id in wanted.call_ids:
             self.room.messages.append(Answer(call_id, model=self.room.info_of(resident)))
-        for request, matchers in wanted.requests:
+        resident.scheduler.resume(wanted.parked)
+        for waiting in wanted.requests:
             try:
-                resident.scheduler.add(request, wanted.since, matchers)
+                resident.scheduler.add(waiting.request, waiting.since, waiting.matchers)
             except HobError as refusal:
-                self._end(request, refusal)
+                self._end(waiting.request.request_id, refusal)
 
     def _refuse(self, wanted: _Wanted, error: HobError) -> None:
         """A model cannot be had: all who wait for it are told."""
@@ -472,10 +486,19 @@ class Residents:
         self._wanted.pop(wanted.spec.name, None)
         for call_id in wanted.call_ids:
             self.room.messages.append(Answer(call_id, OutputError.of(error), room_bytes=error.room_bytes))
-        for request, _ in wanted.requests:
-            self._end(request, error)
+        for waiting in wanted.requests:
+            self._end(waiting.request.request_id, error)
+        for sequences in wanted.parked:
+            for sequence in sequences:
+                if not sequence.is_finished:
+                    self._end(id_of(sequences), error, sequence.index)
 
-    def _end(self, request: Request, error: HobError) -> None:
+    def _end(self, request_id: str, error: HobError, index: int = 0) -> None:
         self.room.outputs.append(
-            SequenceOutput(request.request_id, finish_reason=FinishReason.ERROR, error=OutputError.of(error))
+            SequenceOutput(request_id, index, finish_reason=FinishReason.ERROR, error=OutputError.of(error))
         )
+
+
+def id_of(sequences: list[Sequence]) -> str:
+    """Of the request whose sequences these are."""
+    return sequences[0].request.request_id
