@@ -14,9 +14,9 @@ from tests.needs import needs
 
 from hob.api.grammars import grammar_of, of_schema
 from hob.api.schema import CompletionRequest
-from hob.engine.grammar import LIMITS, Grammars, Masks, Matcher, mask_bytes
+from hob.engine.grammar import BACKGROUND_NICE, LIMITS, Grammars, Masks, Matcher, mask_bytes
 from hob.errors import InvalidRequest
-from hob.request import MAX_GRAMMAR_BYTES, Grammar
+from hob.request import MAX_GRAMMAR_BYTES, Grammar, ServiceClass
 
 needs("llguidance")
 
@@ -243,6 +243,30 @@ def test_the_longest_that_may_be_asked_leaves_the_process_whole(grammars: Gramma
         masks = Masks(len(TOKENS))
         masks.begin([made.result()], [[]]).result(60)
         masks.accept([made.result()], [[ord("a")]])
+
+
+def test_a_background_jobs_grammar_holds_up_its_own_class_alone() -> None:
+    grammars, is_over = Grammars(TOKENS, [STOP]), threading.Event()
+    one = Grammar('start: "a"', "grammar")
+    grammars.compile(one, ServiceClass.BACKGROUND).result()
+    grammars._compilers[ServiceClass.BACKGROUND].submit(is_over.wait)  # a grammar that takes its time
+    late = grammars.compile(one, ServiceClass.BACKGROUND)
+    for urgent in (ServiceClass.INTERACTIVE, ServiceClass.STANDARD):
+        assert fits(grammars.compile(one, urgent).result(60), "a")
+    assert not late.done(), "the control"
+    is_over.set()
+    assert fits(late.result(60), "a")
+
+
+def test_background_grammars_are_compiled_at_a_lower_priority() -> None:
+    grammars = Grammars(TOKENS, [STOP])
+    nice = {}
+    for each in (ServiceClass.STANDARD, ServiceClass.BACKGROUND):
+        grammars.compile(Grammar('start: "a"', "grammar"), each).result()
+        own = grammars._compilers[each].submit(threading.get_native_id).result()
+        nice[each] = os.getpriority(os.PRIO_PROCESS, own)
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    assert nice == {ServiceClass.STANDARD: ours, ServiceClass.BACKGROUND: min(ours + BACKGROUND_NICE, 19)}
 
 
 DEEP_TEXTS = {

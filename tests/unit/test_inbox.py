@@ -87,6 +87,20 @@ def test_other_steps_run_to_their_end(line: Line, step: StepUnderWay | None, ser
     assert not line.stopped.is_set()
 
 
+def test_an_alarm_wakes_the_loop_and_is_told_once(line: Line) -> None:
+    """An out-of-band byte stands for a pressure event: both are exceptional conditions of a file."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as alarm:
+        system, _ = server.accept()
+        with system:
+            assert line.inbox.receive(0.01, urgent=[alarm.fileno()]) == []
+            assert not line.inbox.is_alarmed
+            system.send(b"!", socket.MSG_OOB)
+            assert line.inbox.receive(60.0, urgent=[alarm.fileno()]) == []
+            assert line.inbox.is_alarmed
+            line.inbox.receive(0, urgent=[alarm.fileno()])
+            assert not line.inbox.is_alarmed
+
+
 def test_what_cannot_be_read_ends_the_loop(line: Line) -> None:
     line.ours.sendall(b"\x04\x00\x00\x00what")
     with pytest.raises(Exception, match=r".+"):

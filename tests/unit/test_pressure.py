@@ -128,6 +128,17 @@ def test_relief_goes_stage_by_stage_and_no_request_is_ended(system: FakeSystem) 
     assert house.tokens("running") == solo(500, 300)
 
 
+def test_an_alarm_is_acted_upon_at_once_though_averages_do_not_show_it_yet(system: FakeSystem) -> None:
+    house = House({"a": MB})
+    relief = Relief(house.residents.room, PressureMonitor(system.root))
+    now = house.clock.now
+    relief.tick(now)
+    relief.tick(now + 0.5)
+    assert relief.stage == 0, "the control"
+    relief.tick(now + 0.6, is_alarmed=True)
+    assert (relief.stage, house.residents.room.pressure) == (1, "some")
+
+
 def test_high_pressure_skips_the_first_stage(system: FakeSystem) -> None:
     house = House({"a": MB})
     house.ask("a", "a")

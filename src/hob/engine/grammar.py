@@ -1,6 +1,6 @@
 """Output that must match a grammar: which tokens each constrained sequence may take next, computed beside the step.
 
-    Grammars.compile(grammar) --Future--> Matcher        once, in a thread, as the request arrives
+    Grammars.compile(grammar) --Future--> Matcher        once, in a thread of its class, as the request arrives
     Masks.begin --thread--> bits for `Engine.sample`     while the step's forward pass runs without the GIL
     Masks.accept(tokens)                                 each matcher moves on; Ended says who is complete or broken,
                                                          in the caller's thread: to wake another takes 0.14 ms a step
@@ -11,13 +11,14 @@ The matchers are `llguidance`'s. It gets the bytes of each token and decides on 
 never forced upon the model (`no_forcing`): any split of the allowed bytes may be drawn, so nothing needs a tokenizer.
 
 Fails closed: a matcher that cannot say which tokens are allowed ends its sequence with an error. A grammar is somebody
-else's program: the limits bound what a row of it may cost, and both threads have stacks deep enough for the longest
+else's program: the limits bound what a row of it may cost, and the threads have stacks deep enough for the longest
 chain of rules that MAX_GRAMMAR_BYTES can hold, which on an ordinary stack ends the process. Taking in a token needs no
 such stack: 128 KB do for whatever compiles.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Sequence as Many
@@ -29,13 +30,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hob.errors import InvalidRequest
-from hob.request import MAX_GRAMMAR_BYTES, Grammar
+from hob.request import MAX_GRAMMAR_BYTES, Grammar, ServiceClass
 
 if TYPE_CHECKING:
     import llguidance
 
 STACK_BYTES = 256 << 20
-"""Of the two threads; only what is used becomes resident. A rule takes 4 KB of it, and 8 bytes of a grammar."""
+"""Of a thread; only what is used becomes resident. A rule takes 4 KB of it, and 8 bytes of a grammar."""
 LIMITS: dict[str, Any] = {
     "max_items_in_row": 500,
     "step_max_items": 10_000,
@@ -47,6 +48,7 @@ LIMITS: dict[str, Any] = {
 }
 """What one grammar may cost: some milliseconds a token at worst, where ordinary schemas take some microseconds."""
 MAX_SHOWN_CHARS = 200
+BACKGROUND_NICE = 10
 _SHOWN_SOURCE = re.compile(r"\s*\d+ \||\s*\^|<non-verbose/>")
 """Lines in which llguidance shows the grammar; ours differs from what the caller wrote."""
 _NEGATIVE = re.compile(r'(?<![\w"])-\d+(?:\.\d+)?(?:[eE][+-]?\d+)?')
@@ -100,17 +102,24 @@ class Ended:
 
 class Grammars:
     """Compiles grammars over one vocabulary. Importing the library and building the trie of tokens (16 MB for 49k of
-    them, 0.2 s) wait for the first grammar."""
+    them, 0.2 s) wait for the first grammar.
+
+    Each class has a thread: a grammar may take seconds, and who waits at a screen does not wait for a background job's.
+    """
 
     def __init__(self, tokens: Many[bytes], stop_token_ids: Many[int]) -> None:
         self._tokens: Many[bytes] = tokens
         self._stop_token_ids = list(stop_token_ids)
         self._tokenizer: llguidance.LLTokenizer | None = None
-        self._compiler = _thread("grammar")
+        self._building = threading.Lock()
+        self._compilers: dict[ServiceClass, ThreadPoolExecutor] = {}
 
-    def compile(self, grammar: Grammar) -> Future[Matcher]:
+    def compile(self, grammar: Grammar, service_class: ServiceClass = ServiceClass.STANDARD) -> Future[Matcher]:
         """A matcher at the grammar's start, or InvalidRequest: only one that can say what its first token may be."""
-        return self._compiler.submit(self._compile, grammar)
+        if service_class not in self._compilers:
+            is_background = service_class is ServiceClass.BACKGROUND
+            self._compilers[service_class] = _thread("grammar", BACKGROUND_NICE if is_background else 0)
+        return self._compilers[service_class].submit(self._compile, grammar)
 
     def _compile(self, grammar: Grammar) -> Matcher:
         import llguidance
@@ -123,8 +132,8 @@ class Grammars:
                 f"field '{grammar.param}' cannot be enforced: it holds {endless:.40}. Expected numbers from -10^18 up.",
                 param=grammar.param,
             )
-        if self._tokenizer is None:
-            self._tokenizer = self._build()
+        with self._building:
+            self._tokenizer = self._tokenizer or self._build()
         limits = llguidance.LLParserLimits(**LIMITS)
         made = llguidance.LLMatcher(self._tokenizer, grammar.lark + _OPTIONS, log_level=0, limits=limits)
         matcher = Matcher(made, grammar.param)
@@ -226,12 +235,18 @@ def mask_bytes(vocab_size: int) -> int:
     return (vocab_size + 1 + 31) // 32 * 4
 
 
-def _thread(name: str) -> ThreadPoolExecutor:
-    """One thread with a deep stack."""
+def _be_nicer(by: int) -> None:
+    """Of the calling thread alone."""
+    own = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + by)
+
+
+def _thread(name: str, nice: int = 0) -> ThreadPoolExecutor:
+    """One thread with a deep stack, which leaves the cores to others if it is nice."""
     executor = ThreadPoolExecutor(1, f"hob-{name}")
     before = threading.stack_size(STACK_BYTES)
     try:
-        executor.submit(int).result()
+        executor.submit(_be_nicer, nice).result()
     finally:
         threading.stack_size(before)
     return executor

@@ -1,21 +1,18 @@
 """Requests whose grammar is being compiled: they enter the scheduler when it is, and not before.
 
-A grammar takes a thread 1 ms, a large one 100; the steps of everyone else go on meanwhile.
+A grammar takes a thread 1 ms, a large one 100; the steps of everyone else go on meanwhile, and nobody waits for it
+who has something else to do.
 """
 
 from __future__ import annotations
 
-import contextlib
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from hob.engine.grammar import Grammars, Masks, Matcher
 from hob.errors import HobError, InternalError
 from hob.messages import Vocabulary
 from hob.request import Request
-
-PATIENCE_S = 0.002
-"""Waited for a grammar at once: most are compiled by then, and their request loses nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +47,17 @@ class Compiling:
         """Compile the request's grammar; `ready` gives it back."""
         if self._grammars is None or request.grammar is None:
             raise InternalError("a grammar came before the vocabulary")
-        made = self._grammars.compile(request.grammar)
-        self._pending[request.request_id] = request, made
-        with contextlib.suppress(HobError, TimeoutError):
-            made.result(PATIENCE_S)
+        self._pending[request.request_id] = request, self._grammars.compile(request.grammar, request.service_class)
 
     def cancel(self, request_id: str) -> None:
         """The client left. What is being compiled is compiled to its end."""
         if found := self._pending.pop(request_id, None):
             found[1].cancel()
 
-    def ready(self) -> list[Compiled]:
-        """Those that wait no longer."""
+    def ready(self, patience_s: float) -> list[Compiled]:
+        """Those that wait no longer; one of them is waited for so long at most."""
+        if self._pending and patience_s:
+            wait([made for _, made in self._pending.values()], patience_s, FIRST_COMPLETED)
         done = [request_id for request_id, (_, made) in self._pending.items() if made.done()]
         return [_compiled(*self._pending.pop(request_id)) for request_id in done]
 

@@ -40,6 +40,9 @@ class Inbox:
         self._messages: deque[ToEngine | Exception] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._step: StepUnderWay | None = None
+        self.is_alarmed = False
+        """Whether one of `urgent` had something during the last `receive`. To ask it again would find nothing: the
+        kernel tells of a pressure event once."""
         threading.Thread(target=self._read, name="hob-inbox", daemon=True).start()
 
     def receive(
@@ -50,8 +53,9 @@ class Inbox:
 
         Raises EOFError when the other end has closed.
         """
+        self.is_alarmed = False
         if timeout_s != 0 and not self._messages:
-            select.select([self._wake, *others], [], urgent, timeout_s)
+            self.is_alarmed = bool(select.select([self._wake, *others], [], urgent, timeout_s)[2])
         messages: list[ToEngine] = []
         if self._messages:
             with contextlib.suppress(BlockingIOError):

@@ -60,6 +60,8 @@ from hob.service.workers import Workers
 log = logging.getLogger("hob.engine")
 
 STATS_INTERVAL_S = 0.1
+PATIENCE_S = 0.002
+"""Waited for a grammar while there is nothing else to do: most are compiled by then."""
 STALLED_S = 0.005
 """Longest sleep while there is work that cannot go on yet, such as a sequence whose blocks are being read."""
 
@@ -94,10 +96,11 @@ class Loop:
                 if isinstance(message, Shutdown):
                     return
                 outputs += self._handle(message)
+            patience_s = 0.0 if self._residents.has_work else PATIENCE_S
             for compiling in self._compilings.values():
-                for compiled in compiling.ready():
+                for compiled in compiling.ready(patience_s):
                     outputs += self._admit(compiled)
-            self._relief.tick(self._clock())
+            self._relief.tick(self._clock(), self._inbox.is_alarmed)
             self._residents.tick(self._clock())
             computed = self._stepper.step(self._inbox.watch, self._masks_of)
             is_stalled = computed is None

@@ -43,9 +43,9 @@ class Relief:
         """What wakes us when tasks begin to wait for memory: exceptional conditions of these files."""
         return [] if self._trigger_fd is None else [self._trigger_fd]
 
-    def tick(self, now: float) -> None:
-        """Look, if it is time or the trigger fired, and act."""
-        is_triggered = bool(self._poll.poll(0))
+    def tick(self, now: float, is_alarmed: bool = False) -> None:
+        """Look, if it is time or the trigger fires, and act. is_alarmed: it fired while the loop slept."""
+        is_triggered = is_alarmed or bool(self._poll.poll(0))
         if now < self._due_s and not is_triggered:
             return
         self._due_s = now + BUSY_LOOK_S
