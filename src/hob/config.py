@@ -141,8 +141,8 @@ class ContextConfig:
     max_contexts: int = 64
     """Most contexts an app may keep."""
     context_disk_bytes: int = 4 << 30
-    """KV of contexts on disk, over all apps; beyond it that of the longest unused is dropped and computed again
-    when they are called. 0: none is kept, every resumed context is computed again."""
+    """KV of contexts on disk, of each model over all apps; beyond it that of the longest unused is dropped and computed
+    again when they are called. 0: none is kept, every resumed context is computed again."""
 
 
 @dataclass(frozen=True)

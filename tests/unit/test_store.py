@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hob.errors import StorageError
 from hob.kvcache.keys import KeyRing
-from hob.kvcache.slab import SlotMap, runs
+from hob.kvcache.slab import Slab, SlotMap, runs
 from hob.kvcache.store import BlockStore
 
 BLOCK_BYTES = 5000  # two pages with the tag
@@ -201,6 +201,55 @@ def test_least_recently_used_contexts_make_room(tmp_path: Path) -> None:
     store.close()
 
 
+def test_the_order_of_use_does_not_follow_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 2e9
+    monkeypatch.setattr("time.time", lambda: now)
+    store = open_store(tmp_path, max_bytes=25 * SLOT_BYTES)
+    put(store, "old", range(10))
+    now = 1e9  # set back
+    put(store, "new", range(10, 20))
+    store.close()
+    store = open_store(tmp_path, max_bytes=25 * SLOT_BYTES)
+    put(store, "third", range(20, 30))
+    assert store.count("app", [key(0)]) == 0
+    assert store.count("app", [key(10)]) == 1
+    assert store.num_evicted == 1
+    store.close()
+
+
+def test_making_room_takes_nothing_from_a_prefix_that_is_shared(tmp_path: Path) -> None:
+    store = open_store(tmp_path, max_bytes=25 * SLOT_BYTES)
+    put(store, "old", range(20))
+    everything = [key(n) for n in [*range(10), *range(100, 110)]]
+    store.write("app", "new", everything, {key(n): block(n) for n in range(100, 110)})
+    assert store.count("app", everything) == 20
+    assert store.num_bytes == 20 * SLOT_BYTES, "what only the other had is gone"
+    store.close()
+
+
+def test_what_a_turn_gives_up_goes_before_other_contexts(tmp_path: Path) -> None:
+    store = open_store(tmp_path, max_bytes=25 * SLOT_BYTES)
+    put(store, "other", range(10))
+    put(store, "c", range(20, 35))
+    put(store, "c", [*range(20, 25), *range(40, 50)])
+    assert store.num_evicted == 0
+    assert store.count("app", [key(n) for n in range(10)]) == 10
+    store.close()
+
+
+def test_a_context_refers_to_its_last_turn_only(tmp_path: Path, store: BlockStore) -> None:
+    put(store, "c", range(10))
+    store.fork("app", "c", "child")
+    put(store, "c", [*range(5), *range(20, 25)])
+    assert store.num_bytes == 15 * SLOT_BYTES, "the child refers to all ten"
+    put(store, "c", [*range(5), *range(30, 33)])
+    assert store.num_bytes == 13 * SLOT_BYTES, "an earlier branch is gone"
+    assert num_disk_bytes(tmp_path) == 13 * SLOT_BYTES
+    store.drop("app", ["child"])
+    assert get(store, [*range(5), *range(30, 33)]) == [block(n) for n in [*range(5), *range(30, 33)]]
+    assert store.num_bytes == 8 * SLOT_BYTES
+
+
 def test_what_happened_while_no_engine_ran_is_made_up_for(store: BlockStore) -> None:
     put(store, "parent", range(5))
     put(store, "dead", range(10, 15))
@@ -242,6 +291,48 @@ def test_a_full_disk_at_the_nth_write_loses_nothing_that_was_there(tmp_path: Pat
         assert get(again, range(20 * i, 20 * i + 20)) == expected
     assert again.num_alarms == 0
     assert num_disk_bytes(tmp_path) <= 100 * SLOT_BYTES
+    again.close()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_hole_that_cannot_be_punched_is_wasted_space_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    store = open_store(tmp_path, max_bytes=40 * SLOT_BYTES)
+    put(store, "a", range(10))
+    put(store, "b", range(10, 20))
+
+    def fail(slab: Slab, stretches: object, end: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Slab, "punch", fail)
+        assert put(store, "a", [*range(5), *range(20, 25)]) == 5, "five are given up, in the commit that names five"
+        store.drop("app", ["b"])
+        assert put(store, "c", range(30, 60)) == 30, "into the slots that were freed"
+    assert get(store, [*range(5), *range(20, 25)]) == [block(n) for n in [*range(5), *range(20, 25)]]
+    assert get(store, range(30, 60)) == [block(n) for n in range(30, 60)]
+    assert store.num_alarms == 0
+    assert len([r for r in caplog.records if "cannot be given back" in r.message]) == 1
+    store.drop("app", ["c"])
+    assert num_disk_bytes(tmp_path) == 10 * SLOT_BYTES, "punched with the next ones"
+    store.close()
+    again = open_store(tmp_path)
+    assert get(again, [*range(5), *range(20, 25)]) == [block(n) for n in [*range(5), *range(20, 25)]]
+    again.close()
+
+
+def test_a_store_opens_whose_holes_cannot_be_punched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(tmp_path)
+    put(store, "a", range(10))
+    store.close()
+
+    def fail(slab: Slab, stretches: object, end: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Slab, "punch", fail)
+    again = open_store(tmp_path)
+    assert get(again, range(10)) == [block(n) for n in range(10)]
     again.close()
 
 

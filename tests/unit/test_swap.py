@@ -100,7 +100,7 @@ def test_memory_first_then_disk(tmp_path: Path) -> None:
     tokens = prompt(160, 3)
     world.turn("one", tokens)
     world.restart()
-    world.turn("short", tokens[:65])
+    world.turn("short", tokens[:65], context="fork")
     assert restored(world.turn("long", tokens)) == 144 - 64
     assert world.tokens["long"] == solo(tokens).tokens["solo", 0]
     world.swap.close()

@@ -18,7 +18,7 @@ CREATE TABLE IF NOT EXISTS blocks (
     WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS refs (context TEXT, key BLOB, PRIMARY KEY (context, key)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS holders (
-    context TEXT PRIMARY KEY, app TEXT, last_use REAL, tail BLOB, bits INTEGER NOT NULL DEFAULT 16) WITHOUT ROWID;
+    context TEXT PRIMARY KEY, app TEXT, last_use REAL, bits INTEGER NOT NULL DEFAULT 16) WITHOUT ROWID;
 """
 
 
@@ -39,9 +39,7 @@ class HolderRow:
     context_id: str
     app: str
     last_use: float
-    """Unix time."""
-    tail: Key | None
-    """Key of its unfinished last block."""
+    """A number that is higher than that of any use before."""
     bits: int = 16
     """What it asked for: see compression.py."""
 
@@ -66,7 +64,7 @@ class BlockIndex:
 
     def holders(self) -> Iterable[HolderRow]:
         """All contexts."""
-        for row in self._database.execute("SELECT context, app, last_use, tail, bits FROM holders"):
+        for row in self._database.execute("SELECT context, app, last_use, bits FROM holders"):
             yield HolderRow(*row)
 
     def refs(self) -> Iterable[tuple[str, Key]]:
@@ -123,6 +121,7 @@ class BlockIndex:
         self._database.executemany("DELETE FROM blocks WHERE app = ? AND key = ?", [(app, key) for key in keys])
 
     def _refer(self, holder: HolderRow, keys: Iterable[Key]) -> None:
-        row = (holder.context_id, holder.app, holder.last_use, holder.tail, holder.bits)
+        row = (holder.context_id, holder.app, holder.last_use, holder.bits)
         self._database.executemany("INSERT OR IGNORE INTO refs VALUES (?, ?)", [(holder.context_id, k) for k in keys])
-        self._database.execute("INSERT OR REPLACE INTO holders VALUES (?, ?, ?, ?, ?)", row)
+        # By name: an index that was made earlier has more columns.
+        self._database.execute("INSERT OR REPLACE INTO holders (context, app, last_use, bits) VALUES (?, ?, ?, ?)", row)

@@ -7,7 +7,8 @@
 A block is accepted only if it was written for this key, this app and this model: all three are authenticated with the
 bytes, so a torn, tampered, swapped or foreign slot is a miss (the block is computed again) and raises `num_alarms`.
 Crash-safe: slots are written and synced before the rows that name them commit, and rows are deleted before their slots
-are used again; what a crash leaves in between is unnamed and is punched out at the next opening.
+are used again; what a crash leaves in between is unnamed and is punched out at the next opening. Once rows are
+committed nothing that fails takes them back: a hole that cannot be punched is wasted space.
 
 Reads may run in several threads; writes and deletes come from one. It knows no engine and no policy (swap.py).
 """
@@ -100,8 +101,7 @@ class Holder:
 
     app: str
     last_use: float
-    tail: Key | None = None
-    """Key of its unfinished last block, which the next turn's replaces."""
+    """See HolderRow."""
     bits: int = EXACT
     """What it asked for."""
     keys: dict[Key, None] = field(default_factory=dict)
@@ -138,6 +138,9 @@ class BlockStore:
         self.codec = codec
         self.max_bytes = max_bytes
         self.num_alarms = 0
+        self.num_evicted = 0
+        """Contexts whose blocks were given up to make room."""
+        self.num_punch_errors = 0
         self.is_checking = True
         """Off: tags are not looked at. A test hook, to show that the checks are what stops a leak."""
         self._folder = folder
@@ -148,6 +151,8 @@ class BlockStore:
         self._shelves: dict[str, Shelf] = {}
         self._holders: dict[str, Holder] = {}
         self._refused: list[tuple[str, Key, Entry]] = []  # by readers; the writing thread frees their slots
+        self._last_use = 0.0
+        """Of all contexts. A count, because clocks are set back; it goes on from Unix times in older indexes."""
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock_fd = _lock(folder)
@@ -266,32 +271,31 @@ class BlockStore:
         context_id: str,
         keys: Sequence[Key],
         blocks: Mapping[Key, bytes],
-        tail: Key | None = None,
         levels: Mapping[Key, int] | None = None,
         bits: int = EXACT,
     ) -> int:
         """A turn of a context ended with these keys: keep `blocks`, and let the context refer to all that are there.
 
-        tail: the one of the keys whose block is unfinished; the context's earlier one is given up. levels: bits of
-        those that are to have fewer than 16; what is there with more is replaced. bits: what the context asked for.
-        Returns how many blocks were written. Makes room by giving up blocks of contexts with the most bits, of these
-        the least recently used first (LLMS: they give back the most).
+        It refers to no others any more: an earlier turn's unfinished block goes, and a turn that was given up.
+        levels: bits of those that are to have fewer than 16; what is there with more is replaced. bits: what the
+        context asked for. Returns how many blocks were written. Makes room by giving up blocks of contexts with the
+        most bits, of these the least recently used first (LLMS: they give back the most).
         """
         levels = levels or {}
         new = self.missing(app, [key for key in keys if key in blocks], levels)
         try:
             shelf = self._shelf(app)
             self._bury()
-            self._make_room(context_id, sum(self._slot_bytes(levels.get(key, EXACT)) for key in new))
+            row = HolderRow(context_id, app, self._next_use(), bits)
+            self._make_room(row, keys, sum(self._slot_bytes(levels.get(key, EXACT)) for key in new))
             places = self._allocate(app, self._fitting(new, levels), levels)
             try:
                 self._write_slots(app, shelf, places, blocks)
-                self._commit_turn(HolderRow(context_id, app, time.time(), tail, bits), keys, places)
+                self._commit_turn(row, keys, places)
             except (OSError, sqlite3.Error):
                 with self._lock:
                     shelf.free(places.values())
-                with contextlib.suppress(OSError):
-                    shelf.punch()
+                self._punch(shelf)
                 raise
         except (OSError, sqlite3.Error) as error:
             what = f"{len(new)} KV blocks of app '{app}'"
@@ -339,12 +343,14 @@ class BlockStore:
         return block if bits == EXACT else self._codec().encode(block, bits)
 
     def _commit_turn(self, row: HolderRow, keys: Sequence[Key], places: Mapping[Key, Entry]) -> None:
+        """Raises sqlite3.Error if nothing of it is committed, and nothing once it is: `places` are named then."""
         app, context_id = row.app, row.context_id
+        wanted = set(keys)
         shelf = self._shelves[app]
         with self._lock:
             holder = self._holders.get(context_id) or Holder(app, row.last_use)
             refs = [k for k in dict.fromkeys(keys) if k not in holder.keys and (k in places or k in shelf.entries)]
-            stale = [k for k in holder.keys if k == holder.tail and k not in keys]
+            stale = [k for k in holder.keys if k not in wanted]
             gone = [k for k in stale if shelf.num_refs[k] == 1]
         self._index.end_turn(row, places, refs, stale, gone)
         with self._lock:
@@ -356,7 +362,7 @@ class BlockStore:
                 del self._holders[context_id].keys[key]
         self._release(app, dict.fromkeys(stale, 1), gone)
         if replaced and not gone:
-            shelf.punch()
+            self._punch(shelf)
 
     def fork(self, app: str, parent_id: str, child_id: str) -> None:
         """The child's history is the parent's: it refers to the same blocks."""
@@ -364,7 +370,7 @@ class BlockStore:
             parent = self._holders.get(parent_id)
             if parent is None or parent.app != app or child_id in self._holders:
                 return
-            keys, row = list(parent.keys), HolderRow(child_id, app, time.time(), parent.tail, parent.bits)
+            keys, row = list(parent.keys), HolderRow(child_id, app, self._next_use(), parent.bits)
         with self._index_change():
             self._index.add_holder(row, keys)
         with self._lock:
@@ -444,6 +450,7 @@ class BlockStore:
                 self._refuse(app, key, entry)
             taken.add((app, entry.bits, entry.slot))
         rows = {row.context_id: row for row in self._index.holders()}
+        self._last_use = max((row.last_use for row in rows.values()), default=0.0)
         for row in rows.values():
             self._drawer(row.app, EXACT)
             self._refer(row, [])
@@ -458,14 +465,15 @@ class BlockStore:
                 del shelf.entries[key]
             for bits, drawer in shelf.drawers.items():
                 drawer.slots = SlotMap(entry.slot for entry in shelf.entries.values() if entry.bits == bits)
-            shelf.punch()
+            self._punch(shelf)
 
     def _bury(self) -> None:
         """Delete the rows of refused blocks and free their slots."""
         with self._lock:
-            refused, self._refused = self._refused, []
+            refused = list(self._refused)
         self._index.delete_refused(refused)
         with self._lock:
+            del self._refused[: len(refused)]
             for app, _, entry in refused:
                 slots = self._shelves[app].drawers[entry.bits].slots
                 if slots.end:  # not while loading, which makes the map from what is left
@@ -473,21 +481,32 @@ class BlockStore:
 
     def _refer(self, row: HolderRow, keys: Iterable[Key]) -> None:
         holder = self._holders.setdefault(row.context_id, Holder(row.app, row.last_use))
-        holder.last_use, holder.tail, holder.bits = row.last_use, row.tail, row.bits
+        holder.last_use, holder.bits = row.last_use, row.bits
         num_refs = self._shelves[row.app].num_refs
         for key in keys:
             if key not in holder.keys:
                 holder.keys[key] = None
                 num_refs[key] = num_refs.get(key, 0) + 1
 
-    def _make_room(self, context_id: str, num_bytes: int) -> None:
-        """Give up the blocks of the contexts with the most bits, of these the least recently used, but not this one."""
+    def _next_use(self) -> float:
+        self._last_use += 1
+        return self._last_use
+
+    def _make_room(self, row: HolderRow, keys: Sequence[Key], num_bytes: int) -> None:
+        """Give up the blocks of the contexts with the most bits, of these the least recently used, but not this one.
+
+        Its own go first that its turn gives up; and those of its keys that only others refer to are its own first.
+        """
+        if self.num_bytes + num_bytes <= self.max_bytes:
+            return
+        self._commit_turn(row, keys, {})
         with self._lock:
-            order = sorted((-h.bits, h.last_use, i) for i, h in self._holders.items() if i != context_id)
+            order = sorted((-h.bits, h.last_use, i) for i, h in self._holders.items() if i != row.context_id)
         for *_, victim in order:
             if self.num_bytes + num_bytes <= self.max_bytes:
                 return
             log.info("the KV store is full (%d bytes): blocks of context %s are given up", self.max_bytes, victim)
+            self.num_evicted += 1
             self._drop([victim])
 
     def _drop(self, context_ids: list[str]) -> None:
@@ -516,7 +535,16 @@ class BlockStore:
                 del shelf.num_refs[key]
             shelf.free([e for key in gone if (e := shelf.entries.pop(key, None)) is not None])
         if gone:
+            self._punch(shelf)
+
+    def _punch(self, shelf: Shelf) -> None:
+        """Give back what free slots take on the disk. What cannot be given back now is with the next ones."""
+        try:
             shelf.punch()
+        except OSError as error:
+            if not self.num_punch_errors:
+                log.error("freed KV blocks in '%s' cannot be given back to the disk: %s", self._folder, error)
+            self.num_punch_errors += 1
 
 
 def _lock(folder: Path) -> int:

@@ -281,9 +281,7 @@ class Swap:
         """In the writer's thread."""
         start = time.perf_counter()
         try:
-            num_written = self.store.write(
-                turn.app, turn.context_id, turn.keys, blocks, turn.tail, turn.levels, turn.bits
-            )
+            num_written = self.store.write(turn.app, turn.context_id, turn.keys, blocks, turn.levels, turn.bits)
             self.num_written += num_written
             if num_written:
                 speed = num_written * self.store.slot_bytes / max(time.perf_counter() - start, 1e-6)
