@@ -209,9 +209,9 @@ CLASSES = ("interactive", "standard", "background")
 
 
 def slopes(rests: list[Rest]) -> dict[str, tuple[float, float]]:
-    """Of each process over the last three quarters of the rounds (the first quarter warms up) and over the last."""
+    """Of each process over the last three quarters of the rounds (the first quarter warms up) and over the last half."""
     found = {}
-    for part, last in (("three_quarters", 3 * len(rests) // 4), ("last_quarter", len(rests) // 4)):
+    for part, last in (("three_quarters", 3 * len(rests) // 4), ("last_half", len(rests) // 2)):
         for role in ("api", "engine"):
             points = [(rest.after_s, getattr(rest, f"{role}_bytes")) for rest in rests[len(rests) - last :]]
             found[f"{role}_{part}"] = slope(points)
