@@ -209,7 +209,7 @@ CLASSES = ("interactive", "standard", "background")
 
 
 def slopes(rests: list[Rest]) -> dict[str, tuple[float, float]]:
-    """Of each process over the last three quarters of the rounds (the first quarter warms up) and over the last half."""
+    """Of each process over the last three quarters of the rounds (the first warms up) and over the last half."""
     found = {}
     for part, last in (("three_quarters", 3 * len(rests) // 4), ("last_half", len(rests) // 2)):
         for role in ("api", "engine"):
