@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hob.errors import HobError
-from hob.messages import ModelInfo, Stats
+from hob.messages import MemoryStats, ModelInfo, Stats
 from hob.request import FinishReason, Kind, OutputError, Request, Sampled, SequenceOutput, Top, Usage
 from hob.service.outputs import Outputs
 
@@ -93,6 +93,7 @@ class ScriptedBackend:
         self._feeds: dict[Outputs, asyncio.Task[None]] = {}
         self.num_cancelled = 0
         self.num_cached = 0
+        self.memory = MemoryStats()
 
     @property
     def num_open(self) -> int:
@@ -109,7 +110,7 @@ class ScriptedBackend:
     @property
     def stats(self) -> Stats:
         """Made up."""
-        return Stats(num_running=self.num_open, num_blocks=64)
+        return Stats(num_running=self.num_open, num_blocks=64, memory=self.memory)
 
     def submit(self, request: Request) -> Outputs:
         """See Backend."""

@@ -128,6 +128,14 @@ def test_other_apps_see_nothing(daemon: Daemon, client: Client) -> None:
             other.delete_context(context["id"])
         with pytest.raises(NotFound):
             other.fork_context(context["id"])
+        stream = client.turn(context["id"], "long", stream=True, temperature=0, max_tokens=3000)
+        next(stream)
+        with pytest.raises(Conflict):  # the control: it is busy
+            client.delete_context(context["id"])
+        with pytest.raises(NotFound):
+            other.delete_context(context["id"])
+        stream.close()  # type: ignore[attr-defined]
+    until(lambda: client.stats()["stats"]["num_running"] == 0, "the turn to be given up")
 
 
 def test_errors_name_the_field(client: Client) -> None:

@@ -110,7 +110,7 @@ async def fork(call: Call, context_id: str, raw: bytes) -> Response:
 async def delete(call: Call, context_id: str) -> Response:
     """Forget it: the history at once, its bytes on disk unless another context refers to them."""
     store = store_of(call)
-    with store.claim(context_id):
+    with store.claim(call.app, context_id):
         await asyncio.to_thread(store.delete, call.app, context_id)
     call.services.backend.drop_context(call.app, context_id)
     return json_reply({"id": context_id, "object": "context", "deleted": True})
@@ -137,7 +137,7 @@ async def take_turn(call: Call, context_id: str, raw: bytes) -> Response:
 
 
 async def _whole(call: Call, context_id: str, body: TurnRequest, model: ModelInfo) -> dict[str, Any]:
-    with store_of(call).claim(context_id):
+    with store_of(call).claim(call.app, context_id):
         turn = await begin(call, context_id, body, model)
         async with aclosing(deltas_of(call, turn)) as deltas:
             async for _ in deltas:
@@ -169,7 +169,7 @@ async def _events(
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         return head + b"," + to_json({"choices": [choice], **more})[1:] + b"\n\n"
 
-    with store_of(call).claim(context_id):
+    with store_of(call).claim(call.app, context_id):
         turn = await begin(call, context_id, body, model)
         is_begun = False
         async with aclosing(deltas_of(call, turn)) as deltas:

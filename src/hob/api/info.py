@@ -15,6 +15,7 @@ from hob.api.call import Call
 from hob.api.replies import json_reply
 from hob.api.services import ServedModel, Services
 from hob.errors import ModelNotFound
+from hob.messages import MemoryStats, ModelStats
 
 
 def served_models(services: Services) -> list[ServedModel]:
@@ -47,12 +48,31 @@ async def health(call: Call) -> Response:
     return json_reply({"status": "ok", "model": call.services.backend.model.name})
 
 
+def memory_seen_by(call: Call) -> MemoryStats:
+    """The ledger as the caller may see it: the owner all, others the sums, and of models what they hold themselves."""
+    memory, caller = call.services.backend.stats.memory, call.record.caller
+    if caller is not None and caller.is_owner:
+        return memory
+    models = [
+        ModelStats(
+            model.name,
+            model.state,
+            rank=model.rank if call.app in model.leases else 0,
+            is_pinned=model.is_pinned and call.app in model.leases,
+            leases=[app for app in model.leases if app == call.app],
+        )
+        for model in memory.models
+    ]
+    return msgspec.structs.replace(memory, models=models)
+
+
 async def stats(call: Call) -> Response:
     """/hob/v1/stats: the engine's numbers, the model, the daemon's age. Of other apps only the owner learns."""
     backend, caller = call.services.backend, call.record.caller
     stats = backend.stats
     if caller is None or not caller.is_owner:
-        stats = msgspec.structs.replace(stats, apps=[app for app in stats.apps if app.app == call.app])
+        apps = [app for app in stats.apps if app.app == call.app]
+        stats = msgspec.structs.replace(stats, apps=apps, memory=memory_seen_by(call))
     return json_reply(
         {
             "version": __version__,

@@ -15,6 +15,7 @@ from starlette.routing import Router
 
 from hob.api.body import parse_body, show
 from hob.api.call import Call
+from hob.api.info import memory_seen_by
 from hob.api.overview import check_owner
 from hob.api.replies import json_reply
 from hob.api.routes import CallOf, add_routes
@@ -63,8 +64,8 @@ def register(router: Router, call_of: CallOf) -> None:
 
 
 async def memory(call: Call) -> Response:
-    """The ledger."""
-    return json_reply(msgspec.to_builtins(call.services.backend.stats.memory))
+    """The ledger. Of other apps only the owner learns."""
+    return json_reply(msgspec.to_builtins(memory_seen_by(call)))
 
 
 async def set_budget(call: Call, raw: bytes) -> Response:

@@ -14,7 +14,7 @@ from hob import __version__
 from hob.api.adapters import split_name
 from hob.api.body import parse_body
 from hob.api.call import Call
-from hob.api.info import served_models
+from hob.api.info import memory_seen_by, served_models
 from hob.api.ollama_schema import NameBody
 from hob.api.overview import check_owner
 from hob.api.replies import json_reply
@@ -42,7 +42,7 @@ async def tags(call: Call) -> Response:
 
 async def ps(call: Call) -> Response:
     """/api/ps: the models in memory, and when each would leave it if nobody asks for it."""
-    memory = {model.name: model for model in call.services.backend.stats.memory.models}
+    memory = {model.name: model for model in memory_seen_by(call).models}
     default = call.services.backend.model.name
     found = []
     for model in served_models(call.services):
@@ -50,7 +50,7 @@ async def ps(call: Call) -> Response:
         if info is None or (resident is None and model.name != default):
             continue
         entry = {**_entry(call, model), "size_vram": 0, "context_length": info.context_length}
-        if resident is not None:
+        if resident is not None and resident.num_bytes:
             entry["size"] = resident.num_bytes
         found.append({**entry, "expires_at": _leaves_at(resident)})
     return json_reply({"models": found})

@@ -77,7 +77,7 @@ class ContextStore:
         self._keys = keys
         self._limit = max_contexts if callable(max_contexts) else lambda app: max_contexts
         self._lock = threading.Lock()
-        self._claimed: set[str] = set()
+        self._claimed: set[tuple[str, str]] = set()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             (folder / _FILE).touch(mode=0o600)
@@ -147,18 +147,21 @@ class ContextStore:
             return self._get(database, record.app, context_id)
 
     @contextlib.contextmanager
-    def claim(self, context_id: str) -> Iterator[None]:
-        """For one turn, or for deletion: no other may begin meanwhile. In this process only. Raises Conflict."""
-        if context_id in self._claimed:
+    def claim(self, app: str, context_id: str) -> Iterator[None]:
+        """For one turn, or for deletion: no other may begin meanwhile. In this process only. Raises Conflict.
+
+        By app: whether another app's context is busy, and so is there, is not to be told.
+        """
+        if (app, context_id) in self._claimed:
             raise Conflict(
                 f"context '{context_id}' is busy with a turn. Wait for it to end, or fork the context.",
                 retry_after_s=1.0,
             )
-        self._claimed.add(context_id)
+        self._claimed.add((app, context_id))
         try:
             yield
         finally:
-            self._claimed.discard(context_id)
+            self._claimed.discard((app, context_id))
 
     def delete(self, app: str, context_id: str) -> None:
         """Raises NotFound, StorageError."""
