@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from tests.models_world import BLOCK_BYTES, BUDGET, KV_TOKENS, MB, House, solo
 
 from hob.errors import Conflict, InvalidRequest, ModelNotFound, NotFound, PermissionDenied
+from hob.kvcache.keys import KeyRing
 from hob.kvcache.pool import BLOCK_SIZE
+from hob.kvcache.store import BlockStore
+from hob.kvcache.swap import Swap
 from hob.messages import Lease, ModelSpec
+from hob.service.resident import Opened
 from hob.service.residents import DRAIN_AFTER_S, MIN_STAY_S, ResidencyConfig
 
 
@@ -281,6 +286,36 @@ def test_a_request_whose_model_gave_way_can_be_cancelled_and_is_told_if_its_mode
         assert not each.residents.fairness._num_busy
 
 
+def test_a_reply_that_fits_no_longer_is_told_and_holds_up_nobody() -> None:
+    """Its model has more blocks free than it may have, so nothing is lacking but the right to them."""
+    size = 17 * MB
+    house = house_of("a", size=size, budget=size + 240 * BLOCK_BYTES)
+    house.ask("long", "a", num_prompt=900, max_tokens=2500)
+    while len(house.tokens("long")) < 700:
+        house.step()
+    house.residents.set_budget(size + 90 * BLOCK_BYTES)
+    house.ask("short", "a", num_prompt=100)
+    house.run(60)
+    assert house.error("long") == "Overloaded"
+    assert house.tokens("short") == solo(100, 8)
+
+
+def test_the_end_of_a_lease_gives_others_their_room_back() -> None:
+    size = 9 * MB
+    limits = ResidencyConfig(kv_tokens=KV_TOKENS, max_pinned_share=1.0)
+    house = house_of("a", "b", size=size, budget=2 * size + 200 * BLOCK_BYTES, limits=limits)
+    for name in ("a", "b"):
+        house.ask(name, name)
+    house.run()
+    a = house.residents.get("a")
+    assert a is not None
+    before = a.pool.max_blocks
+    house.residents.set_lease("app", "b", Lease(is_pinned=True), house.clock.now)
+    assert a.pool.max_blocks < before, "the control"
+    house.residents.set_lease("app", "b", None, house.clock.now)
+    assert a.pool.max_blocks == before
+
+
 def test_the_budget_can_shrink_and_grow_while_running() -> None:
     house = house_of("a", "b", size=9 * MB)
     for name in ("a", "b"):
@@ -318,6 +353,26 @@ def test_a_shrunk_budget_lets_running_requests_end_and_refuses_what_no_longer_fi
     a = house.residents.get("a")
     assert a is not None
     assert house.residents.room.info_of(a).context_length == a.pool.max_blocks * BLOCK_SIZE < 1700
+
+
+@pytest.mark.timeout(60)
+def test_the_end_waits_for_no_model_whose_disk_tier_has_ended(tmp_path: Path) -> None:
+    """Its writer takes nothing more: what is handed to it is never done."""
+    house = house_of("a", "b")
+
+    def with_disk(name: str, opened: Opened) -> None:
+        ring = KeyRing(tmp_path / "keys", {})
+        store = BlockStore(tmp_path / name, name, opened.engine.block_bytes, ring, 1 << 30)
+        opened.swap = Swap(store)
+
+    house.opener.prepare = with_disk
+    for name in ("a", "b"):
+        house.ask(name, name)
+    house.run()
+    house.residents.unload("b", house.clock.now)
+    house.residents.tick(house.clock.now)  # its writer ends here: these workers have no threads
+    assert [resident.is_freed for resident in house.residents.room.closing.values()] == [True]
+    house.residents.close()
 
 
 def test_random_days_keep_the_ledger_under_the_budget() -> None:

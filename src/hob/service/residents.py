@@ -240,6 +240,7 @@ class Residents:
         """
         if lease is None:
             self.room.leases.end(app, name)
+            self.room.set_limits()
             return
         if name not in self.room.residents and name not in self._specs:
             self.room.known(name)  # raises
@@ -353,6 +354,7 @@ class Residents:
 
     def close(self) -> None:
         """Shutdown: end the disk tiers in order, give all memory back."""
+        self._workers.close()  # first: what is being loaded must be closed too, what is being closed must not
         for resident in [*self, *self.room.closing.values()]:
             if resident.swap is not None:
                 resident.swap.drain(resident.engine, resident.scheduler.placement.prefixes.find)
@@ -360,7 +362,6 @@ class Residents:
             resident.engine.close()
         self.room.residents.clear()
         self.room.closing.clear()
-        self._workers.close()
 
     # ---- loading ----
 

@@ -61,6 +61,8 @@ class Room:
 
     def provide(self, resident: Resident) -> None:
         """Before a model's step: memory for the blocks its sequences lack, from what is free, else from others."""
+        if not resident.scheduler.running:
+            self._end_hopeless(resident)  # else one that never starts would hold up all behind it
         if not resident.pool.num_bare:
             return
         total, least = resident.wanted_blocks()
@@ -71,8 +73,7 @@ class Room:
                 return
         if (lack := min(least, resident.pool.max_blocks) - resident.pool.num_free) > 0 and not resident.grow(lack):
             self.make_room(resident.missing_bytes(lack), keep=resident.name)
-            if not resident.grow(lack):
-                self._end_hopeless(resident)
+            resident.grow(lack)
 
     def make_room(self, num_bytes: int, keep: str = "") -> bool:
         """Have `num_bytes` free: caches first, then contexts, then idle models. `keep` loses nothing.
@@ -201,7 +202,10 @@ class Room:
         for request_id in {s.request.request_id: None for s in resident.hopeless()}:
             limit = resident.pool.max_blocks * BLOCK_SIZE
             resident.scheduler.cancel(request_id, resident.last_used)
-            error = Overloaded(f"the memory budget shrank: the request no longer fits {limit:,} tokens of KV")
+            error = Overloaded(
+                f"the request no longer fits the memory for KV that the model may have now, {limit:,} tokens: the "
+                "budget shrank, or another model was pinned"
+            )
             self.outputs.append(
                 SequenceOutput(request_id, finish_reason=FinishReason.ERROR, error=OutputError.of(error))
             )
