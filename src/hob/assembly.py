@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hob.config import Config
-from hob.errors import ConfigError, HobError, ModelNotFound
+from hob.errors import ConfigError, EngineUnavailable, HobError, ModelNotFound
 from hob.messages import ModelSpec
 
 if TYPE_CHECKING:
@@ -294,9 +294,11 @@ def make_server(
     default = ServedModel(chosen.name, created)
 
     def vocabulary_of(model: str) -> Vocabulary:
-        opened = shelf.opened(model)
-        codec, info = (tokenizer, handle.model) if opened is None else (opened.tokenizer, opened.info)
-        return _vocabulary(codec, info.vocab_size, model)
+        if model in ("", default.name):
+            return _vocabulary(tokenizer, handle.model.vocab_size, model)
+        if (opened := shelf.opened(model)) is None:
+            raise EngineUnavailable(f"model '{model}' was unloaded while the request waited", retry_after_s=1.0)
+        return _vocabulary(opened.tokenizer, opened.info.vocab_size, model)
 
     shelf = ModelShelf(handle, _library(config), default)
     handle.on_unloaded = shelf.forget

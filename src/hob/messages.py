@@ -185,6 +185,10 @@ class Unloaded(msgspec.Struct, tag="unloaded"):
     name: str
 
 
+MAX_APPS = 256
+"""Whose numbers are kept: a program of the owner's user may call itself anything. The oldest that are idle go."""
+
+
 class AppStats(msgspec.Struct):
     """One app's present and past."""
 

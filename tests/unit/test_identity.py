@@ -164,6 +164,15 @@ class LabelledPeer(FakePeer):
         return self.label if optname == socket.SO_PEERSEC else super().getsockopt(level, optname, buflen)
 
 
+def test_behind_a_boundary_a_declared_name_counts_for_nothing() -> None:
+    one = Caller(1000, 1, "python3")
+    assert one.app("mail") == "1000/mail"
+    for caller in (one.with_key("guest"), one.through_socket("guest"), Caller(None, None, "unknown")):
+        assert caller.app("mail") == caller.app("notes") == caller.app()
+        with pytest.raises(InvalidRequest, match="X-Hob-App"):
+            caller.app("no name")
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours", "boundary"),
     [
@@ -183,7 +192,7 @@ def test_a_security_label_that_confines_is_a_boundary(
     (tmp_path / "self" / "attr" / "current").write_bytes(ours)
     caller = identify_unix(LabelledPeer(theirs), tmp_path)
     assert caller.boundary == boundary
-    assert caller.app("x") == f"{boundary or 5}/x"
+    assert caller.app("x") == (f"{boundary}/unknown" if boundary else "5/x")
 
 
 @pytest.mark.parametrize(

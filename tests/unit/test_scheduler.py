@@ -10,6 +10,7 @@ import pytest
 from hob.config import SchedulerConfig
 from hob.engine.fake import CostModel, FakeClock, FakeEngine
 from hob.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+from hob.messages import MAX_APPS
 from hob.request import FinishReason, Kind, Pool, Request, SamplingParams, SequenceOutput, ServiceClass
 from hob.scheduler.scheduler import Scheduler
 from hob.service.step import run_step
@@ -252,6 +253,19 @@ def test_apps_share_the_time_evenly() -> None:
         world.step()
     apps = {app.app: app.compute_s for app in world.scheduler.stats().apps}
     assert apps["few"] / apps["many"] == pytest.approx(1.0, rel=0.25)
+
+
+def test_numbers_are_kept_of_so_many_apps_and_of_all_that_are_busy() -> None:
+    world = World(num_blocks=512)
+    world.add("busy", prompt(20, 0), 400, app="busy")
+    for i in range(MAX_APPS + 20):
+        world.add(f"r{i}", prompt(20, 1), 1, app=f"app{i}")
+        while (f"r{i}", 0) not in world.last:
+            world.step()
+    names = [app.app for app in world.scheduler.stats().apps]
+    assert names == ["busy", *(f"app{i}" for i in range(21, MAX_APPS + 20))]
+    world.run()
+    assert len(world.tokens["busy", 0]) == 400
 
 
 def test_cancel_frees_everything_before_the_next_step() -> None:

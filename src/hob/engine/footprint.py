@@ -56,11 +56,24 @@ def sizes_of(name: str, packed_path: str, config: EngineConfig, max_rows: int, m
 
 def _adapter_bytes(name: str, network: Network, config: EngineConfig) -> int:
     """Those that cannot be used take nothing: the engine says which and why."""
-    total = 0
-    for path in find_adapters(Path(config.adapters) / name).values() if config.adapters else ():
+    paths = find_adapters(Path(config.adapters) / name).values() if config.adapters else ()
+    return sum(_loaded_bytes(path, network) for path in paths)
+
+
+_KNOWN: dict[Path, tuple[list[object], int]] = {}
+"""What adapters take, with what they were like when that was found out."""
+
+
+def _loaded_bytes(path: Path, network: Network) -> int:
+    """Read once, and not whenever a load is considered: that is between two steps."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    stamp = [network, *((file.stat().st_mtime_ns, file.stat().st_size) for file in files)]
+    if path not in _KNOWN or _KNOWN[path][0] != stamp:
+        num_bytes = 0
         with contextlib.suppress(ModelFileError):
-            total += loaded_bytes(read_adapter(path, network))
-    return total
+            num_bytes = loaded_bytes(read_adapter(path, network))
+        _KNOWN[path] = stamp, num_bytes
+    return _KNOWN[path][1]
 
 
 def scratch_bytes(network: Network, max_rows: int, max_logits: int, num_threads: int) -> int:

@@ -1,6 +1,7 @@
 """Secrets of the apps: one random key each, wrapped by the device's key. All else is derived from them.
 
-    device key --wraps--> app secret (random, 32 bytes) --derives--> cache salt, key of the KV blocks, key of the tokens
+    device key --wraps--> app secret (random, 32 bytes) --derives--> key of the KV blocks, key of the tokens
+               --derives--> cache salt of each app, which takes no file
 
 What it protects: files that are copied away (a backup, a stolen disk) without the device key. What it does not: a
 process of the same uid can read the device key as we do. See docs/contexts.md.
@@ -42,13 +43,14 @@ class KeyRing:
         self._lock = threading.Lock()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._device = AESGCM(_device_key(folder, environ))
+            self._device_key = _device_key(folder, environ)
+            self._device = AESGCM(self._device_key)
         except OSError as error:
             raise StorageError(f"cannot keep keys in '{folder}': {error.strerror}") from error
 
     def salt(self, app: str) -> bytes:
         """16 bytes that make the app's prefix-cache keys its own, the same after a restart."""
-        return self._derive(app, b"salt")[:16]
+        return blake2b(app.encode(), key=self._device_key, digest_size=16, person=b"hob-app-salt").digest()
 
     def cipher(self, app: str, purpose: str) -> AESGCM:
         """AES-256-GCM under a key of this app and purpose ('kv', 'tokens')."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from hob.config import SchedulerConfig
 from hob.kvcache.pool import BLOCK_SIZE
 from hob.kvcache.second_level import SecondLevel
-from hob.messages import AppStats, Stats
+from hob.messages import MAX_APPS, AppStats, Stats
 from hob.pooling import Pooled
 from hob.request import (
     FinishReason,
@@ -584,6 +584,10 @@ class Scheduler:
 
     def _app(self, app: str) -> AppStats:
         if app not in self._apps:
+            if len(self._apps) >= MAX_APPS:
+                busy = {sequence.request.app for sequence in self.running + self.waiting}
+                if (idle := next((name for name in self._apps if name not in busy), None)) is not None:
+                    del self._apps[idle]
             self._apps[app] = AppStats(app)
         return self._apps[app]
 

@@ -315,6 +315,7 @@ class EngineHandle:
                 waiter.set_result(message)
         elif isinstance(message, Unloaded):
             self._loaded.pop(message.name, None)
+            self._known_vocabularies.discard(message.name)  # its file may be another one when it comes back
             self.on_unloaded(message.name)
         elif isinstance(message, Failed):
             self._reported = error_from_name(message.name, message.message)

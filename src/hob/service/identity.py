@@ -7,8 +7,10 @@
     per-app socket    whoever reaches it is that app                  any of them
     API key           whoever has it is that app
 
-An app is '<boundary>/<label>', so no label reaches over a boundary. A peer in another namespace (pid 0 or uid 65534) is
-unknown and gets the least; uid 0 grants nothing by itself. docs/security.md says what this cannot do. No HTTP here.
+An app is '<boundary>/<label>', so no label reaches over a boundary. A program of the owner's own user may name itself;
+behind any other boundary the name that it declares counts for nothing, else each name would have limits, a share of the
+time and contexts of its own. A peer in another namespace (pid 0 or uid 65534) is unknown and gets the least; uid 0
+grants nothing by itself. docs/security.md says what this cannot do. No HTTP here.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class Caller:
         return self.uid is not None and self.uid == os.getuid() and not self.boundary
 
     def app(self, declared: str | None = None) -> str:
-        """'<boundary>/<label>': the key of fairness, policy and accounting. `declared` replaces the label.
+        """'<boundary>/<label>': the key of fairness, policy and accounting. `declared` replaces the owner's label.
 
         Raises InvalidRequest when `declared` is not 1 to 64 letters, digits, dots, dashes and underscores.
         """
@@ -64,7 +66,9 @@ class Caller:
                 f"header X-Hob-App is '{declared[:80]}'. Expected 1 to 64 of: letters, digits, '.', '_', '-'.",
                 param="X-Hob-App",
             )
-        return f"{self.boundary or ('unknown' if self.uid is None else self.uid)}/{declared or self.label}"
+        if self.uid is None or self.boundary:
+            return f"{self.boundary or 'unknown'}/{self.label}"
+        return f"{self.uid}/{declared or self.label}"
 
     def through_socket(self, name: str) -> Caller:
         """The same peer, having come through the socket of an app."""

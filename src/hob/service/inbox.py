@@ -55,7 +55,7 @@ class Inbox:
         """
         self.is_alarmed = False
         if timeout_s != 0 and not self._messages:
-            self.is_alarmed = bool(select.select([self._wake, *others], [], urgent, timeout_s)[2])
+            self.is_alarmed = _wait([self._wake, *others], urgent, timeout_s)
         messages: list[ToEngine] = []
         if self._messages:
             with contextlib.suppress(BlockingIOError):
@@ -95,3 +95,17 @@ class Inbox:
         step = self._step
         if step is not None and step.should_stop(self._clock()):
             self._stop_step()
+
+
+def _wait(files: Iterable[int], urgent: Iterable[int], timeout_s: float | None) -> bool:
+    """Until one can be read, or one of `urgent` has something out of band, which is the answer.
+
+    By poll: each app's blocks are a file for each model, so numbers may pass the 1,023 that select can count to.
+    """
+    poll = select.poll()
+    for file in files:
+        poll.register(file, select.POLLIN)
+    for file in urgent:
+        poll.register(file, select.POLLPRI)
+    ready = poll.poll(None if timeout_s is None else 1000 * timeout_s)
+    return any(events & select.POLLPRI for _, events in ready)

@@ -210,10 +210,14 @@ class _Account:
     spent: deque[tuple[float, int]] = field(default_factory=deque)
     """When a request ended, and its tokens; those of the last minute."""
 
-    def used(self, now: float) -> int:
-        """Tokens of the last minute, those of running requests included."""
+    def forget(self, now: float) -> None:
+        """What was before the last minute."""
         while self.spent and self.spent[0][0] <= now - WINDOW_S:
             self.spent.popleft()
+
+    def used(self, now: float) -> int:
+        """Tokens of the last minute, those of running requests included."""
+        self.forget(now)
         return sum(tokens for _, tokens in self.spent) + sum(map(_tokens, self.in_flight.values()))
 
     def frees_at(self, now: float, limit: int) -> float:
@@ -288,7 +292,8 @@ class Policy:
             return
         if tokens := _tokens(use):
             account.spent.append((now, tokens))
-        if not account.in_flight and not account.used(now):
+        account.forget(now)
+        if not account.in_flight and not account.spent:
             del self._accounts[app]
 
 

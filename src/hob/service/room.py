@@ -14,7 +14,7 @@ import msgspec
 
 from hob.errors import NotFound, Overloaded
 from hob.kvcache.pool import BLOCK_SIZE
-from hob.messages import FromEngine, ModelInfo, ModelStats, Stats, Unloaded
+from hob.messages import MAX_APPS, FromEngine, ModelInfo, ModelStats, Stats, Unloaded
 from hob.request import FinishReason, OutputError, SequenceOutput
 from hob.service.leases import Leases
 from hob.service.ledger import Ledger
@@ -177,6 +177,7 @@ class Room:
             return
         resident.is_freed = True
         self.retired = [merged([*self.retired, retired(stats_of(resident))])]
+        del self.retired[0].apps[:-MAX_APPS]
         resident.engine.close()
         for part in ("kv", "scratch", "weights"):
             self.ledger.release(f"{name}/{part}")
