@@ -134,6 +134,30 @@ def test_an_engine_that_cannot_start_says_why_and_is_not_retried() -> None:
     assert "/nonexistent/model.hobpack" in error.message
 
 
+@pytest.mark.parametrize("fault", ["it says that it cannot", "no process can be started"])
+def test_once_an_engine_has_served_a_new_one_is_tried_until_it_can(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(handle: EngineHandle) -> None:
+        before, pid = await tokens_of(handle, request("before")), handle.pid
+        assert pid is not None
+        with monkeypatch.context() as broken:
+            if fault == "no process can be started":
+                broken.setattr("hob.service.handle.RESTART_DELAYS_S", (0.0, 0.1))
+                broken.setattr("sys.executable", "/nonexistent/python")
+            else:
+                broken.setattr(handle.spec, "packed_path", "/nonexistent/model.hobpack")
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: handle._failure is not None, "the new process to fail")
+            with pytest.raises(HobError, match="/nonexistent/model|no engine process can be started"):
+                await tokens_of(handle, request("during"))
+            with pytest.raises(InvalidRequest, match="Expected at least"):
+                await handle.set_budget(1)
+            await handle.set_budget(handle.spec.budget_bytes + 1)
+        await until(lambda: handle._failure is None, "one that can")
+        assert await tokens_of(handle, request("after")) == before
+
+    with_engine(spec(), body)
+
+
 def test_the_engine_exits_when_the_api_process_vanishes() -> None:
     async def body(handle: EngineHandle) -> None:
         process = handle._process

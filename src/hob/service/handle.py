@@ -50,6 +50,7 @@ from hob.messages import (
 )
 from hob.request import Request
 from hob.service.connection import EngineConnection
+from hob.service.ledger import Ledger
 from hob.service.loop import EngineSpec
 from hob.service.outputs import Outputs
 from hob.service.public_prompts import PublicPrompts
@@ -164,7 +165,10 @@ class EngineHandle:
 
     async def set_budget(self, budget_bytes: int) -> None:
         """See `backend.Backend`. It holds for the engine processes to come, too."""
-        await self._call(lambda call_id: SetBudget(call_id, budget_bytes))
+        if self._failure is None:
+            await self._call(lambda call_id: SetBudget(call_id, budget_bytes))
+        else:
+            Ledger(budget_bytes)  # raises; the old budget may be what keeps a process from starting
         self.spec.budget_bytes = budget_bytes
 
     def fork_context(self, app: str, parent_id: str, child_id: str) -> None:
@@ -242,58 +246,77 @@ class EngineHandle:
             raise self._failure
 
     async def _supervise(self) -> None:
-        """Keep one process alive. Ends only with a failure before Ready or with cancellation."""
-        num_failures = 0
+        """Keep one process alive. Ends with cancellation, or if the first one says that it cannot be.
+
+        Later ones are tried again for ever, however they fail: files, memory or the budget may be other ones by then.
+        """
+        num_failures, has_served = 0, False
         while True:
             await asyncio.sleep(RESTART_DELAYS_S[min(num_failures, len(RESTART_DELAYS_S) - 1)])
-            self._reported = None
-            await (await self._spawn()).closed()
-            was_ready, process = self._ready is not None, self._process
-            assert process is not None
-            self._close()
-            returncode = await asyncio.to_thread(process.wait)
-            error = self._reported or EngineUnavailable(
-                f"the engine process (pid {process.pid}) died: {_describe(returncode)}. A new one is starting.",
-                retry_after_s=1.0,
-            )
-            log.error("%s", error)
-            self.end_requests(error)
-            self._end_calls(error)
+            was_ready, error = await self._run_one()
+            has_served = has_served or was_ready
             num_failures = 0 if was_ready else num_failures + 1
-            if not was_ready and num_failures == len(RESTART_DELAYS_S):
-                self._failure = error
+            is_clear = not was_ready and not isinstance(error, EngineUnavailable)  # the process said itself why not
+            if is_clear or num_failures >= len(RESTART_DELAYS_S):
+                self._failure = error  # requests are told at once; until then they wait for the next process
                 self._is_ready.set()
-                return
-            if not was_ready and not isinstance(error, EngineUnavailable):
-                self._failure = error  # the process said itself that it cannot: trying again would not help
-                self._is_ready.set()
-                return
+                if not has_served:
+                    return
             self.num_restarts += 1
 
+    async def _run_one(self) -> tuple[bool, HobError]:
+        """Start a process and see it end. Returns whether it was ready, and what its requests were told."""
+        self._reported = None
+        try:
+            connection = await self._spawn()
+        except OSError as why:
+            failed = EngineUnavailable(f"no engine process can be started: {why.strerror}", retry_after_s=10.0)
+            log.error("%s", failed)
+            return False, failed
+        await connection.closed()
+        was_ready, process = self._ready is not None, self._process
+        assert process is not None
+        self._close()
+        returncode = await asyncio.to_thread(process.wait)
+        error = self._reported or EngineUnavailable(
+            f"the engine process (pid {process.pid}) died: {_describe(returncode)}. A new one is starting.",
+            retry_after_s=1.0,
+        )
+        log.error("%s", error)
+        self.end_requests(error)
+        self._end_calls(error)
+        return was_ready, error
+
     async def _spawn(self) -> EngineConnection:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            # One heap for all its threads (glibc). With one each, what lives on pins what is free: 5 MB more after 30
-            # loads of models, and slowly more with each.
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "hob.service.loop",
-                    str(theirs.fileno()),
-                    msgspec.json.encode(self.spec).decode(),
-                ],
-                pass_fds=[theirs.fileno()],
-                env={"MALLOC_ARENA_MAX": "1"} | os.environ,
-                stdin=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C at a terminal is for the daemon; it ends the engine in order
-            )
-        connection = EngineConnection(self._deliver)
-        await asyncio.get_running_loop().create_unix_connection(lambda: connection, sock=ours)
+        with contextlib.ExitStack() as undo:
+            ours, theirs = socket.socketpair()
+            undo.callback(ours.close)
+            with theirs:
+                self._process = self._start_process(theirs)
+            connection = EngineConnection(self._deliver)
+            await asyncio.get_running_loop().create_unix_connection(lambda: connection, sock=ours)
+            undo.pop_all()
         self._connection = connection
         self._known_vocabularies = set()
         return connection
+
+    def _start_process(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        # One heap for all its threads (glibc). With one each, what lives on pins what is free: 5 MB more after 30
+        # loads of models, and slowly more with each.
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "hob.service.loop",
+                str(theirs.fileno()),
+                msgspec.json.encode(self.spec).decode(),
+            ],
+            pass_fds=[theirs.fileno()],
+            env={"MALLOC_ARENA_MAX": "1"} | os.environ,
+            stdin=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C at a terminal is for the daemon; it ends the engine in order
+        )
 
     def _deliver(self, message: FromEngine) -> None:
         if isinstance(message, Report):
@@ -308,6 +331,7 @@ class EngineHandle:
             self._model = msgspec.structs.replace(info, context_length=context_length)
             for model, prompts in (self.public_prompts.by_model() if self.public_prompts else {}).items():
                 self._send(Publish(model, prompts))
+            self._failure = None
             self._is_ready.set()
             log.info("engine pid %s ready in %.2f s", self.pid, message.load_s)
         elif isinstance(message, Answer):
