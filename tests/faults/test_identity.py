@@ -201,9 +201,9 @@ def test_a_socket_is_an_app_whatever_it_says_of_itself(daemon: Daemon) -> None:
         for path_of_owner in ("/hob/v1/overview", "/hob/v1/apps", "/metrics"):
             assert inside.get(path_of_owner).status_code == 403
         until(lambda: inside.get("/hob/v1/stats").json()["stats"]["apps"], "its own figures")
-        assert {app["app"] for app in inside.get("/hob/v1/stats").json()["stats"]["apps"]} == {"socket:browser/cli"}
+        assert {app["app"] for app in inside.get("/hob/v1/stats").json()["stats"]["apps"]} == {"socket:browser/app"}
         with daemon.client() as client:
-            until(lambda: "socket:browser/cli" in {app["app"] for app in client.stats()["stats"]["apps"]}, "the app")
+            until(lambda: "socket:browser/app" in {app["app"] for app in client.stats()["stats"]["apps"]}, "the app")
             client.remove_app("socket", "browser")
         assert "took it back" in inside.get("/health").text
     assert not Path(path).exists()
@@ -262,7 +262,7 @@ def test_labels_are_the_only_thing_a_name_changes() -> None:
     assert not owner.through_socket("a").is_owner
     assert not Caller(os.getuid() + 1, 1, "hob").is_owner
     assert not Caller(None, None, "unknown").is_owner
-    assert owner.through_socket("a").app("python3") == "socket:a/python3"
+    assert owner.through_socket("a").app("python3") == "socket:a/app"
 
 
 LISTEN = """
