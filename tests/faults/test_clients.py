@@ -55,7 +55,7 @@ def test_five_hundred_connections_are_all_answered() -> None:
 def test_what_the_queue_does_not_hold_is_refused_at_once_and_the_rest_is_answered() -> None:
     with running(max_waiting=100, max_running=8) as daemon, daemon.client() as client:
         statuses = asyncio.run(ask_all(str(daemon.rundir.socket_path)))
-        assert statuses[200] >= 100
+        assert statuses[200] >= 80  # of one app: the rest of the queue is for others
         assert statuses[503] > 0
         assert statuses.total() == statuses[200] + statuses[503]
         until(lambda: is_idle(client), "all blocks to be free")

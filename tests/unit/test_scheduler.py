@@ -318,6 +318,23 @@ def test_stop_tokens_end_a_sequence_and_stay_out_of_it() -> None:
     assert world.last["s", 0].finish_reason is FinishReason.STOP
 
 
+def test_one_app_does_not_fill_the_queue() -> None:
+    world = World(num_blocks=4, max_waiting=100)
+
+    def held_by(app: str) -> int:
+        for i in range(100):
+            try:
+                world.add(f"{app}{i}", [1], app=app)
+            except Overloaded as refusal:
+                assert "of this app wait" in refusal.message
+                return i
+        return 100
+
+    assert held_by("greedy") == 89
+    assert 5 < held_by("second") < 11
+    world.add("modest", [1], app="modest")
+
+
 def test_refusals_name_the_numbers() -> None:
     world = World(num_blocks=4, max_waiting=2)
     with pytest.raises(ContextLengthExceeded, match="prompt has 60 tokens and max_tokens is 8: 68 in all.*64"):

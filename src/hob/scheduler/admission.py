@@ -9,6 +9,9 @@ from hob.request import Kind, Place, Request, Sequence
 
 MAX_SEQUENCES = 1024
 """Most samples or continuations of one request."""
+MOST_OF_FREE = 8
+"""An app may have so many places in the queue for each that is free (dynamic thresholds, Choudhury and Hahne 1998): one
+alone 910 of 1,024, two 482 each, and there is always room for one that has none."""
 
 
 def check_request(
@@ -18,10 +21,14 @@ def check_request(
     vocab_size: int,
     context_length: int,
     num_waiting: int,
+    num_own: int,
     max_waiting: int,
     retry_after_s: Callable[[int], float],
 ) -> None:
-    """Raise InvalidRequest, ContextLengthExceeded or Overloaded unless the request can be served."""
+    """Raise InvalidRequest, ContextLengthExceeded or Overloaded unless the request can be served.
+
+    num_waiting, num_own: sequences that wait, of all apps and of its own.
+    """
     if request.request_id in known:
         raise InvalidRequest(f"request id '{request.request_id}' is in use. Expected a new one.")
     if not request.token_ids:
@@ -48,6 +55,12 @@ def check_request(
         raise Overloaded(
             f"the queue is full: {num_waiting} sequences wait, {num_sequences} more exceed the limit of {max_waiting}",
             retry_after_s=retry_after_s(num_waiting + num_sequences - max_waiting),
+        )
+    if num_own > MOST_OF_FREE * (max_waiting - num_waiting):
+        raise Overloaded(
+            f"{num_own} sequences of this app wait; the {max_waiting - num_waiting} places left of {max_waiting} are "
+            "for others",
+            retry_after_s=retry_after_s(1),
         )
 
 

@@ -191,6 +191,7 @@ class Scheduler:
             vocab_size=self.vocab_size,
             context_length=min(self.context_length, self.placement.pool.max_blocks * BLOCK_SIZE),
             num_waiting=len(self.waiting),
+            num_own=sum(sequence.request.app == request.app for sequence in self.waiting),
             max_waiting=self.config.max_waiting,
             retry_after_s=self.forecast.retry_after_s,
         )
