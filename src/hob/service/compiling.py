@@ -10,9 +10,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from hob.engine.grammar import Grammars, Masks, Matcher
-from hob.errors import HobError, InternalError
+from hob.errors import HobError, InternalError, Overloaded
 from hob.messages import Vocabulary
 from hob.request import Request
+
+MAX_PENDING = 1024
+"""Each may be 64 KB of text, and is in no queue of the scheduler's yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,11 @@ class Compiling:
         self.masks = Masks(len(vocabulary.tokens))
 
     def begin(self, request: Request) -> None:
-        """Compile the request's grammar; `ready` gives it back."""
+        """Compile the request's grammar; `ready` gives it back. Raises Overloaded where too many wait already."""
         if self._grammars is None or request.grammar is None:
             raise InternalError("a grammar came before the vocabulary")
+        if len(self._pending) >= MAX_PENDING:
+            raise Overloaded(f"{MAX_PENDING} grammars wait to be compiled, which is the limit", retry_after_s=2.0)
         self._pending[request.request_id] = request, self._grammars.compile(request.grammar, request.service_class)
 
     def cancel(self, request_id: str) -> None:
