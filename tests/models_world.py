@@ -9,7 +9,7 @@ from hob.config import SchedulerConfig
 from hob.engine.base import BLOCK_SIZE
 from hob.engine.fake import CostModel, FakeClock, FakeEngine, _mix
 from hob.errors import ModelFileError
-from hob.messages import Answer, ModelSpec
+from hob.messages import Answer, LeasesEnded, ModelSpec, Unloaded
 from hob.request import Request, SamplingParams, SequenceOutput, ServiceClass
 from hob.scheduler.scheduler import Scheduler
 from hob.service.ledger import Ledger
@@ -72,6 +72,8 @@ class House:
         self.times: dict[str, list[float]] = {}
         self.answers: dict[int, Answer] = {}
         self.unloaded: list[str] = []
+        self.ended: list[tuple[str, str]] = []
+        """Leases that the house ended: app and model."""
         self.peak_bytes = 0
         for name in sizes:
             self.residents.know(ModelSpec(name, ""))
@@ -103,8 +105,10 @@ class House:
         for message in self.residents.room.messages:
             if isinstance(message, Answer):
                 self.answers[message.call_id] = message
-            else:
-                self.unloaded.append(message.name)  # type: ignore[union-attr]
+            elif isinstance(message, Unloaded):
+                self.unloaded.append(message.name)
+            elif isinstance(message, LeasesEnded):
+                self.ended += [(app, message.name) for app in message.apps]
         self.residents.room.outputs, self.residents.room.messages = [], []
         self.residents.check()
         self.peak_bytes = max(self.peak_bytes, self.ledger.reserved_bytes)

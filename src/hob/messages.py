@@ -2,7 +2,7 @@
 
     API -> engine:  Submit, Cancel, Vocabulary, Publish, ForkContext, DropContext, LoadModel, UnloadModel, SetLease,
                     SetBudget, AskContexts, Shutdown
-    engine -> API:  Ready, Report (one per step), Answer (to the five before Shutdown), Unloaded, Failed
+    engine -> API:  Ready, Report (one per step), Answer (to the five before Shutdown), Unloaded, LeasesEnded, Failed
 
 A frame is a 4-byte little-endian length and that many bytes of msgpack. The engine reads what has come between two
 steps and answers with one `Report` per step, so a token's path never waits for another Python thread.
@@ -185,6 +185,13 @@ class Unloaded(msgspec.Struct, tag="unloaded"):
     name: str
 
 
+class LeasesEnded(msgspec.Struct, tag="leases_ended"):
+    """These apps hold a model no more, though they did not end their leases."""
+
+    name: str
+    apps: list[str]
+
+
 MAX_APPS = 256
 """Whose numbers are kept: a program of the owner's user may call itself anything. The oldest that are idle go."""
 
@@ -210,7 +217,8 @@ class ModelStats(msgspec.Struct):
 
     name: str
     state: str
-    """'loading', 'ready', 'draining' (takes no new requests, to be unloaded when the last has ended)."""
+    """'waiting' (for room), 'loading', 'ready', 'draining' (takes no new requests, to be unloaded when the last has
+    ended), 'unloaded' (the default model: what the API process keeps of it is reserved still)."""
     num_bytes: int = 0
     """All that is reserved for it: weights, kv, scratch, buffers, text."""
     accounts: dict[str, int] = {}
@@ -295,7 +303,7 @@ class Failed(msgspec.Struct, tag="failed"):
 
 ToModels = LoadModel | UnloadModel | SetLease | SetBudget | AskContexts
 ToEngine = Submit | Cancel | Vocabulary | Publish | ForkContext | DropContext | ToModels | Shutdown
-FromEngine = Ready | Report | Answer | Unloaded | Failed
+FromEngine = Ready | Report | Answer | Unloaded | LeasesEnded | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -109,6 +109,33 @@ def test_a_lease_holds_a_model_until_it_ends(daemon: Daemon) -> None:
             client.unload("beta")
 
 
+def test_leases_outlive_the_engine_process(daemon: Daemon) -> None:
+    def shown() -> list[tuple[str, int, bool, int]]:
+        models = client.memory()["models"]
+        return [(m["name"], m["rank"], m["is_pinned"], len(m["leases"])) for m in models if m["name"] == "beta"]
+
+    def kill() -> None:
+        os.kill(daemon.engine_pid, signal.SIGKILL)
+        ask(daemon, "alpha")
+
+    with daemon.client() as client:
+        client.lease("beta", rank=2, pin=True)
+        kill()
+        until(lambda: shown() == [("beta", 2, True, 1)], "the lease in the next process")
+        with pytest.raises(Conflict, match="is pinned by"):
+            client.unload("beta")
+        client.end_lease("beta")
+        kill()
+        ask(daemon, "beta")
+        until(lambda: shown() == [("beta", 0, False, 0)], "no lease that was ended to come back")
+        client.lease("beta", rank=2)
+        client.unload("beta")  # which ends it
+        until(lambda: "beta" not in names(client), "the model to go")
+        kill()
+        ask(daemon, "beta")
+        until(lambda: shown() == [("beta", 0, False, 0)], "no lease of a model that went to come back")
+
+
 def test_the_command_line_shows_and_changes_the_budget(daemon: Daemon) -> None:
     before = json.loads(hob(daemon.home, "memory", "--json").stdout)
     assert before["budget_bytes"] == 400_000_000

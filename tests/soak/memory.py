@@ -162,7 +162,7 @@ def rest(owner: Client) -> None:
             for go in (owner.end_lease, owner.unload):
                 with suppress(HobError):  # no lease, or not loaded
                     go(name)
-        return not owner.memory()["models"]
+        return all(model["state"] == "unloaded" for model in owner.memory()["models"])
 
     until(are_gone, "the models to go", PATIENCE_S)
 

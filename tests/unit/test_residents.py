@@ -250,12 +250,23 @@ def test_models_whose_sequences_fit_only_alone_take_turns() -> None:
     assert house.tokens("a-long") == house.tokens("b-long") == solo(3500, 8)
 
 
-def tied_house() -> House:
-    """Two models with a long reply each; together they do not fit, and both have brought tokens when that shows."""
+def two_long_replies(*pinned: str) -> House:
+    """Two models with a long reply each, which has begun; together they do not fit."""
     size = (17 << 20) // 2
-    house = house_of("a", "b", size=size, budget=2 * size + 70 * BLOCK_BYTES)
+    limits = ResidencyConfig(kv_tokens=KV_TOKENS, max_pinned_share=1.0)
+    house = house_of("a", "b", size=size, budget=2 * size + 70 * BLOCK_BYTES, limits=limits)
     for name in ("a", "b"):
         house.ask(name, name, num_prompt=300, max_tokens=1000)
+    while not (house.tokens("a") and house.tokens("b")):
+        house.step()
+    for name in pinned:
+        house.residents.set_lease("app", name, Lease(is_pinned=True), house.clock.now)
+    return house
+
+
+def tied_house() -> House:
+    """As above, when it shows that they do not fit."""
+    house = two_long_replies()
     while house.loaded == {"a", "b"} or not house.tokens("b"):
         house.step() or house.clock.sleep(0.05)
     return house
@@ -269,6 +280,54 @@ def test_a_reply_that_has_begun_goes_on_after_its_model_gave_way() -> None:
     assert house.tokens("a") == house.tokens("b") == solo(300, 1000)
     assert house.residents.num_loads >= 3
     assert not house.residents.fairness._num_busy
+
+
+def test_who_gives_way_keeps_its_leases() -> None:
+    house = two_long_replies()
+    for name in ("a", "b"):
+        house.residents.set_lease("app", name, Lease(), house.clock.now)
+    while not house.unloaded:
+        house.step() or house.clock.sleep(0.05)
+    (gone,) = house.unloaded
+    assert house.residents.room.leases.apps(gone) == ["app"]
+    assert house.ended == []
+
+
+def test_of_several_that_do_not_fit_a_pinned_one_stays() -> None:
+    size = (17 << 20) // 2
+    limits = ResidencyConfig(kv_tokens=KV_TOKENS, max_pinned_share=1.0)
+    house = house_of("a", "b", "c", size=size, budget=3 * size + 70 * BLOCK_BYTES, limits=limits)
+    for name in "abc":
+        house.ask(name, name)
+    house.run()
+    house.residents.set_lease("app", "b", Lease(is_pinned=True), house.clock.now)
+    for name in "abc":
+        house.ask(f"{name}-long", name, num_prompt=1200)
+    house.run(120)
+    assert [house.tokens(f"{name}-long") for name in "abc"] == [solo(1200, 8)] * 3
+    assert house.unloaded
+    assert "b" not in house.unloaded
+    assert house.residents.room.is_pinned("b")
+
+
+def test_a_pinned_model_does_not_give_way() -> None:
+    house = two_long_replies("b")
+    house.run(120)
+    assert "b" not in house.unloaded
+    assert house.tokens("b") == solo(300, 1000)
+    assert house.residents.room.is_pinned("b")
+    assert house.error("a") == "Overloaded"
+    assert "and what is pinned leave" in str(house.outputs["a"][-1].error)
+
+
+def test_of_two_pinned_models_neither_goes_and_what_does_not_fit_beside_both_is_ended() -> None:
+    house = two_long_replies("a", "b")
+    house.run(120)
+    assert house.unloaded == []
+    assert house.error("a") == house.error("b") == "Overloaded"
+    house.ask("short", "a", num_prompt=300)
+    house.run()
+    assert house.tokens("short") == solo(300, 8)
 
 
 def test_a_request_whose_model_gave_way_can_be_cancelled_and_is_told_if_its_model_cannot_come_back() -> None:
@@ -336,6 +395,58 @@ def test_the_budget_can_shrink_and_grow_while_running() -> None:
     assert house.loaded == {"a", "b"}
 
 
+@pytest.mark.parametrize(("share", "held"), [(1.0, {"c"}), (0.5, set())])
+def test_the_owners_budget_goes_before_an_apps_pin(share: float, held: set[str]) -> None:
+    """9 MB each: both are too much for 17, and one of them is more than half of it."""
+    house = house_of("a", "b", "c", size=9 * MB, limits=ResidencyConfig(kv_tokens=KV_TOKENS, max_pinned_share=share))
+    for rank, name in enumerate("bc"):
+        house.residents.set_lease(f"app-{name}", name, Lease(rank, is_pinned=True), house.clock.now)
+        house.run()
+    assert house.loaded == {"b", "c"}
+    assert house.ended == []
+    house.residents.set_budget(17 * MB)
+    house.run()
+    assert {name for name in "bc" if house.residents.room.is_pinned(name)} == held
+    assert house.ended == [(f"app-{name}", name) for name in "bc" if name not in held]
+    assert house.ledger.reserved_bytes <= 17 * MB
+
+
+def test_busy_models_give_back_what_is_over_a_shrunk_budget() -> None:
+    house = house_of("a", "b", size=9 * MB)
+    asked = []
+    for i in range(200):
+        asked += [(f"{name}{i}", name) for name in "ab"]
+        for name, model in asked[-2:]:
+            house.ask(name, model, max_tokens=60)
+        if i == 20:
+            assert house.loaded == {"a", "b"}
+            house.residents.set_budget(17 * MB)
+        house.step()
+        house.clock.sleep(0.01)
+    assert house.ledger.reserved_bytes <= 17 * MB, "though neither was ever idle"
+    house.run(200)
+    assert all(house.tokens(name) == solo(40, 60) for name, _ in asked)
+
+
+def test_what_the_api_process_keeps_of_the_default_model_stays_reserved() -> None:
+    house = house_of("a", "b")
+    for name in ("a", "b"):
+        house.residents.know(ModelSpec(name, "", text_bytes=MB))
+    for _ in range(2):
+        for name in ("a", "b"):
+            house.ask(name, name)
+        house.run()
+        assert house.ledger.held_by("a")["text"] == house.ledger.held_by("b")["text"] == MB
+        for name in ("a", "b"):
+            house.residents.unload(name, house.clock.now)
+        house.run()
+        assert house.loaded == set()
+        assert house.ledger.held_by("a") == {"text": MB}
+        assert house.ledger.held_by("b") == {}
+        stats = house.residents.stats(house.clock.now)
+        assert [(model.name, model.state, model.num_bytes) for model in stats.models] == [("a", "unloaded", MB)]
+
+
 def test_a_shrunk_budget_lets_running_requests_end_and_refuses_what_no_longer_fits() -> None:
     size = (16 << 20) + 5 * 4096
     house = house_of("a", size=size, budget=size + 200 * BLOCK_BYTES)
@@ -349,6 +460,7 @@ def test_a_shrunk_budget_lets_running_requests_end_and_refuses_what_no_longer_fi
     house.run()
     assert house.tokens("running") == solo(1000, 200)
     assert [house.error(f"waiting{i}") for i in range(2)] == ["Overloaded"] * 2
+    assert f"the memory budget, {house.ledger.budget_bytes:,} bytes now" in str(house.outputs["waiting0"][-1].error)
     assert house.ledger.reserved_bytes <= house.ledger.budget_bytes
     a = house.residents.get("a")
     assert a is not None

@@ -31,6 +31,7 @@ from hob.messages import (
     ForkContext,
     FromEngine,
     Lease,
+    LeasesEnded,
     LoadModel,
     ModelInfo,
     ModelSpec,
@@ -160,8 +161,9 @@ class EngineHandle:
         await self._call(lambda call_id: UnloadModel(call_id, name))
 
     async def set_lease(self, app: str, name: str, lease: Lease | None) -> None:
-        """See `backend.Backend`."""
+        """See `backend.Backend`. It holds for the engine processes to come, too."""
         await self._call(lambda call_id: SetLease(call_id, app, name, lease))
+        self._note_lease(app, name, lease)
 
     async def set_budget(self, budget_bytes: int) -> None:
         """See `backend.Backend`. It holds for the engine processes to come, too."""
@@ -191,6 +193,12 @@ class EngineHandle:
         """See `backend.Backend`. An engine that is starting is told of all when it is ready."""
         if self._ready is not None:
             self._send(Publish(model, prompts))
+
+    def _note_lease(self, app: str, name: str, lease: Lease | None) -> None:
+        if lease is None:
+            self.spec.leases.get(name, {}).pop(app, None)
+        else:
+            self.spec.leases.setdefault(name, {})[app] = lease
 
     # ---- requests ----
 
@@ -341,6 +349,9 @@ class EngineHandle:
             self._loaded.pop(message.name, None)
             self._known_vocabularies.discard(message.name)  # its file may be another one when it comes back
             self.on_unloaded(message.name)
+        elif isinstance(message, LeasesEnded):
+            for app in message.apps:
+                self._note_lease(app, message.name, None)
         elif isinstance(message, Failed):
             self._reported = error_from_name(message.name, message.message)
 

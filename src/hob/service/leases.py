@@ -35,9 +35,9 @@ class Leases:
         """End it. None there: nothing."""
         self._by_model.get(model, {}).pop(app, None)
 
-    def forget(self, model: str) -> None:
-        """The model is gone, and its leases with it."""
-        self._by_model.pop(model, None)
+    def forget(self, model: str) -> list[str]:
+        """The model is gone, and its leases with it. Returns whose they were."""
+        return list(self._by_model.pop(model, {}))
 
     def apps(self, model: str) -> list[str]:
         """Who holds it."""
@@ -50,6 +50,15 @@ class Leases:
     def pinned_by(self, app: str) -> set[str]:
         """The models that an app pins."""
         return {model for model, by_app in self._by_model.items() if app in by_app and by_app[app].is_pinned}
+
+    def pins(self) -> list[tuple[int, str, str]]:
+        """Rank, model and app of each pin, the lowest first."""
+        return sorted(
+            (lease.rank, model, app)
+            for model, by_app in self._by_model.items()
+            for app, lease in by_app.items()
+            if lease.is_pinned
+        )
 
     def rank(self, model: str) -> int:
         """The highest that anybody gives it."""

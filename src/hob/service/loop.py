@@ -252,6 +252,7 @@ def main(fd: int, spec: EngineSpec) -> None:
         name = type(error).__name__ if isinstance(error, HobError) else InternalError.__name__
         inbox.send(Failed(name, str(error)))
         sys.exit(1)
+    residents.restore(spec.leases, time.monotonic())
     try:
         info = residents.room.info_of(resident)
         inbox.send(Ready(info, resident.pool.max_blocks, BLOCK_SIZE, time.monotonic() - start))

@@ -11,7 +11,7 @@ from hob.config import EngineConfig, SchedulerConfig
 from hob.engine.base import BLOCK_SIZE, Engine
 from hob.kvcache.slab import slot_bytes_for
 from hob.kvcache.swap import MAX_QUEUED_BYTES, NUM_READERS, PIECE_BLOCKS
-from hob.messages import ModelSpec
+from hob.messages import Lease, ModelSpec
 from hob.scheduler.scheduler import Scheduler
 from hob.service.disk import DiskSpec, open_disk
 from hob.service.resident import Footprint, Opened
@@ -41,6 +41,8 @@ class EngineSpec(msgspec.Struct):
     keep_alive_s: float = 300.0
     max_keep_alive_s: float = 3600.0
     max_pinned_share: float = 0.5
+    leases: dict[str, dict[str, Lease]] = {}
+    """By model and app: what a process before this one had granted."""
 
     @property
     def default(self) -> ModelSpec:

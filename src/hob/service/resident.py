@@ -85,6 +85,12 @@ class Resident:
         """All that is reserved for it."""
         return sum(self._ledger.held_by(self.name).values())
 
+    @property
+    def fixed_bytes(self) -> int:
+        """What it takes for as long as it is there: all but its KV, and the least that it has of that."""
+        held = self._ledger.held_by(self.name)
+        return self.num_bytes - held.get("kv", 0) + self.footprint.kv_bytes(MIN_KV_TOKENS)
+
     def claim(self) -> Claim:
         """What it has to do, for `turns.Turns`."""
         placement, clock = self.scheduler.placement, self.scheduler.order.fairness.clock

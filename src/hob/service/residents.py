@@ -253,7 +253,7 @@ class Residents:
         self.room.set_limits()
 
     def _check_pinned(self, app: str, name: str) -> None:
-        num_bytes = sum(self._size_of(n) for n in self.room.leases.pinned_by(app) | {name})
+        num_bytes = self._size_of(self.room.leases.pinned_by(app) | {name})
         cap = int(self._config.max_pinned_share * self.room.ledger.budget_bytes)
         if num_bytes > cap:
             raise PermissionDenied(
@@ -261,19 +261,41 @@ class Residents:
                 f"({self._config.max_pinned_share:.0%} of the memory budget, setting 'max_pinned_share')."
             )
 
-    def _size_of(self, name: str) -> int:
-        """What a model takes, or would."""
+    def _size_of(self, names: set[str]) -> int:
+        """What models take, or would, for as long as they are there."""
+        return sum(self._size_of_one(name) for name in names)
+
+    def _size_of_one(self, name: str) -> int:
         if (resident := self.room.residents.get(name)) is not None:
-            return resident.num_bytes
+            return resident.fixed_bytes
         return self._opener.footprint(self._specs[name]).num_bytes + self._specs[name].text_bytes
 
     def set_budget(self, budget_bytes: int) -> None:
         """Change the budget; what is too much is given back at once as far as nobody needs it, the rest as they end."""
         self.room.ledger.set_budget(budget_bytes)
+        self._end_pins()
         self.room.set_limits()
         if self.room.ledger.free_bytes < 0:
             self.room.make_room(0)
         log.info("memory budget: %d bytes, %d reserved", budget_bytes, self.room.ledger.reserved_bytes)
+
+    def restore(self, leases: dict[str, dict[str, Lease]], now: float) -> None:
+        """Leases, by model and app, that another process had granted. What cannot be any more is said to be over."""
+        for name, by_app in leases.items():
+            for app, lease in by_app.items():
+                try:
+                    self.set_lease(app, name, lease, now)
+                except HobError as error:
+                    self.room.end_lease(app, name, error.message)
+
+    def _end_pins(self) -> None:
+        """The owner's budget goes before an app's pin: those that are too much now end, the lowest rank first."""
+        budget = self.room.ledger.budget_bytes
+        for _, name, app in self.room.leases.pins():
+            pinned = {name for _, name, _ in self.room.leases.pins()}
+            is_over_cap = self._size_of(self.room.leases.pinned_by(app)) > self._config.max_pinned_share * budget
+            if is_over_cap or self._size_of(pinned) > budget:
+                self.room.end_lease(app, name, f"the memory budget is {budget:,} bytes now")
 
     # ---- between steps ----
 
@@ -294,15 +316,16 @@ class Residents:
             self._begin_one(now)
 
     def _break_tie(self, now: float) -> None:
-        """Models whose waiting sequences fit only without each other's weights: the lowest gives way."""
+        """Models whose waiting sequences fit only without each other's weights: the lowest that is not pinned gives
+        way. Of pinned ones there is no tie: what fits only without another pinned one is refused, or ended."""
         busy = [resident for resident in self if resident.scheduler.has_work]
         if len(busy) < 2 or self.room.closing or any(resident.scheduler.running for resident in busy):
             self._tied_since = None
         elif self._tied_since is None:
             self._tied_since = now
-        elif now - self._tied_since > TIE_S:
+        elif now - self._tied_since > TIE_S and (free := [r for r in busy if not self.room.is_pinned(r.name)]):
             self._tied_since = None
-            self._give_way(min(busy, key=self.room.worth), now)
+            self._give_way(min(free, key=self.room.worth), now)
 
     def _give_way(self, resident: Resident, now: float) -> None:
         log.warning("model '%s' gives way: its requests and another model's do not fit together", resident.name)
@@ -310,7 +333,7 @@ class Residents:
         wanted.parked += resident.scheduler.park()
         wanted.behind = {other.name for other in self if other is not resident and other.scheduler.has_work}
         wanted.behind_until = now + MAX_BEHIND_S
-        self.room.close(resident)
+        self.room.close(resident, comes_back=True)
 
     def next_due_s(self, now: float) -> float | None:
         """Seconds until an idle model's time is over. None: no such time."""
@@ -330,6 +353,9 @@ class Residents:
             for name, w in self._wanted.items()
             if name not in self.room.residents and name not in self.room.closing
         ]
+        default = self.room.default
+        if not any(model.name == default for model in models) and self.room.ledger.held_by(default):
+            models.append(ModelStats(default, "unloaded"))
         for model in models:
             model.accounts = self.room.ledger.held_by(model.name)
             model.num_bytes = sum(model.accounts.values())
@@ -349,6 +375,7 @@ class Residents:
         for resident in self:
             resident.scheduler.check()
         names = {*self.room.residents, *self.room.closing, *(n for n, w in self._wanted.items() if w.is_loading)}
+        names.add(self.room.default)  # its text
         if strangers := self.room.ledger.owners() - names:
             raise InternalError(f"ledger: accounts of models that are not there: {', '.join(sorted(strangers))}")
 
@@ -394,7 +421,7 @@ class Residents:
             "weights": footprint.weight_bytes,
             "scratch": footprint.scratch_bytes,
             "buffers": footprint.buffer_bytes,
-            "text": wanted.spec.text_bytes,
+            "text": wanted.spec.text_bytes - ledger.held_by(name).get("text", 0),
             "kv": footprint.kv_bytes(MIN_KV_TOKENS),
         }
         needed = sum(parts.values())
@@ -413,7 +440,7 @@ class Residents:
 
     def _check_possible(self, name: str, parts: dict[str, int], needed: int) -> None:
         pinned = [n for n in self.room.residents if n != name and self.room.is_pinned(n)]
-        pinned_bytes = sum(self.room.residents[n].num_bytes for n in pinned)
+        pinned_bytes = sum(self.room.residents[n].fixed_bytes for n in pinned)
         what = ", ".join(f"{part} {count:,}" for part, count in parts.items() if count)
         message = (
             f"model '{name}' needs {needed:,} bytes ({what}, that is {MIN_KV_TOKENS} tokens), "

@@ -14,7 +14,7 @@ import msgspec
 
 from hob.errors import NotFound, Overloaded
 from hob.kvcache.pool import BLOCK_SIZE
-from hob.messages import MAX_APPS, FromEngine, ModelInfo, ModelStats, Stats, Unloaded
+from hob.messages import MAX_APPS, FromEngine, LeasesEnded, ModelInfo, ModelStats, Stats, Unloaded
 from hob.request import FinishReason, OutputError, SequenceOutput
 from hob.service.leases import Leases
 from hob.service.ledger import Ledger
@@ -154,12 +154,22 @@ class Room:
         """Seconds without a request after which it goes."""
         return float("inf") if name == self.default else self.leases.keep_alive_s(name)
 
-    def close(self, resident: Resident) -> None:
-        """Begin to unload an idle model: no new requests; what is not on disk of its contexts is copied out first."""
+    def close(self, resident: Resident, *, comes_back: bool = False) -> None:
+        """Begin to unload an idle model: no new requests; what is not on disk of its contexts is copied out first.
+
+        Its leases end, unless it comes back.
+        """
         log.info("unloading model '%s'", resident.name)
         del self.residents[resident.name]
         self.closing[resident.name] = resident
-        self.leases.forget(resident.name)
+        if not comes_back and (apps := self.leases.forget(resident.name)):
+            self.messages.append(LeasesEnded(resident.name, apps))
+
+    def end_lease(self, app: str, name: str, why: str) -> None:
+        """Take a lease away from an app."""
+        log.warning("the lease of app '%s' on model '%s' ends: %s", app, name, why)
+        self.leases.end(app, name)
+        self.messages.append(LeasesEnded(name, [app]))
 
     def go_on_closing(self) -> None:
         """With all that are on their way out."""
@@ -194,9 +204,10 @@ class Room:
         self._workers.submit(swap.close if swap is not None else lambda: None, gone)
 
     def release(self, name: str) -> None:
-        """All that is reserved for a model."""
+        """All that is reserved for a model; but the API process keeps the default one's tokenizer to its end."""
         for part in self.ledger.held_by(name):
-            self.ledger.release(f"{name}/{part}")
+            if part != "text" or name != self.default:
+                self.ledger.release(f"{name}/{part}")
 
     def _end_hopeless(self, resident: Resident) -> None:
         """Sequences that the budget, as it is now, has no room for: ended with the numbers."""
@@ -204,8 +215,8 @@ class Room:
             limit = resident.pool.max_blocks * BLOCK_SIZE
             resident.scheduler.cancel(request_id, resident.last_used)
             error = Overloaded(
-                f"the request no longer fits the memory for KV that the model may have now, {limit:,} tokens: the "
-                "budget shrank, or another model was pinned"
+                f"the memory budget, {self.ledger.budget_bytes:,} bytes now, and what is pinned leave {limit:,} tokens "
+                f"of KV to model '{resident.name}': the request no longer fits"
             )
             self.outputs.append(
                 SequenceOutput(request_id, finish_reason=FinishReason.ERROR, error=OutputError.of(error))
@@ -216,6 +227,6 @@ class Room:
     def set_limits(self) -> None:
         """How long a sequence may be, by model: all of the budget that nobody else has for good."""
         for resident in self:
-            others = sum(r.num_bytes for r in self if r is not resident and self.is_pinned(r.name))
+            others = sum(r.fixed_bytes for r in self if r is not resident and self.is_pinned(r.name))
             fixed = sum(n for part, n in self.ledger.held_by(resident.name).items() if part != "kv")
             resident.limit(self.ledger.budget_bytes - others - fixed)
