@@ -16,10 +16,12 @@ Reads may run in several threads; writes and deletes come from one. It knows no 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
 import secrets
+import shutil
 import sqlite3
 import threading
 import time
@@ -154,7 +156,6 @@ class BlockStore:
         self._last_use = 0.0
         """Of all contexts. A count, because clocks are set back; it goes on from Unix times in older indexes."""
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock_fd = _lock(folder)
             self._index = BlockIndex(folder / "index.db")
             self._load()
@@ -547,16 +548,49 @@ class BlockStore:
             self.num_punch_errors += 1
 
 
+def last_use(folder: Path) -> float:
+    """Unix time at which anything of a store was written, or when it was opened. Raises OSError.
+
+    Of all its files: what is in a write-ahead log changes the index itself only when that is closed.
+    """
+    times = [0.0]
+    for path in (folder, *folder.iterdir()):
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return max(times)
+
+
+def remove_store(folder: Path) -> bool:
+    """Remove a store and all its blocks, unless somebody has it open. Raises OSError."""
+    descriptor = _try_lock(folder)
+    if descriptor is None:
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(descriptor)
+    return True
+
+
 def _lock(folder: Path) -> int:
     """One engine process at a time. Waits a little for one that is dying."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if (descriptor := _try_lock(folder)) is not None:
+            os.utime(descriptor)  # to be loaded is to be used
             return descriptor
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(descriptor)
-                raise
-            time.sleep(0.02)
+        if time.monotonic() > deadline:
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process has it open")
+        time.sleep(0.02)
+
+
+def _try_lock(folder: Path) -> int | None:
+    """None: somebody has it open, or has just removed it."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+    except BlockingIOError:
+        pass
+    os.close(descriptor)
+    return None

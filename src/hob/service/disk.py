@@ -6,7 +6,6 @@ A disk that cannot be used costs the service its fast resume, not its life: it g
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +20,13 @@ from hob.errors import HobError
 from hob.kvcache.compression import Codec
 from hob.kvcache.contexts import live_contexts
 from hob.kvcache.keys import KeyRing
-from hob.kvcache.store import BlockStore
+from hob.kvcache.store import BlockStore, last_use, remove_store
 from hob.kvcache.swap import MAX_QUEUED_BYTES, Swap
 
 log = logging.getLogger("hob.engine")
 
 STALE_S = 30 * 86400.0
-"""Blocks of a model (or version) that was not loaded for so long are removed."""
+"""Blocks of a model (or version) that was not loaded for so long, while others were, are removed."""
 
 
 class DiskSpec(msgspec.Struct):
@@ -57,10 +56,10 @@ def open_disk(
     try:
         keys = KeyRing(Path(spec.keys_dir))
         fingerprint = fingerprint_of(engine, packed_path)
+        _remove_stale(folder, fingerprint)
         where = folder / f"kv-{fingerprint}"
         store = BlockStore(where, fingerprint, engine.block_bytes, keys, spec.max_bytes, codec=Codec(engine.kv_shape))
         store.reconcile(live_contexts(folder))
-        _remove_stale(folder, fingerprint)
     except (HobError, OSError) as error:
         log.error("no disk tier: %s. Contexts stay, their KV will be computed again.", error)
         return None
@@ -95,9 +94,12 @@ def fingerprint_of(engine: Engine, packed_path: str) -> str:
 
 
 def _remove_stale(folder: Path, fingerprint: str) -> None:
-    for path in folder.glob("kv-*"):
-        index = path / "index.db"
-        age_s = time.time() - (index.stat().st_mtime if index.exists() else 0.0)
-        if path.name != f"kv-{fingerprint}" and age_s > STALE_S:
-            log.info("removing KV of a model that was not loaded for %d days: '%s'", age_s // 86400, path)
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove stores that were left alone while others were used.
+
+    Not by the clock alone: after it jumped ahead, or after a month without power, all would seem to be.
+    """
+    uses = {path: last_use(path) for path in folder.glob("kv-*")}
+    newest = min(time.time(), max(uses.values(), default=0.0))
+    for path, used in uses.items():
+        if path.name != f"kv-{fingerprint}" and newest - used > STALE_S and remove_store(path):
+            log.info("removed KV of a model that was not loaded for %d days: '%s'", (newest - used) // 86400, path)
