@@ -27,9 +27,12 @@ class Submit(msgspec.Struct, tag="submit"):
 
 
 class Cancel(msgspec.Struct, tag="cancel"):
-    """The client left: free what the request holds before the next step."""
+    """The client left, or has all it wanted: free what the request holds before the next step."""
 
     request_id: str
+    num_kept: int | None = None
+    """A turn of a context has ended before the engine's end of it, at a stop string: how many of the sequence's tokens
+    the history has. None: the turn was given up and leaves no trace."""
 
 
 class Vocabulary(msgspec.Struct, tag="vocabulary"):

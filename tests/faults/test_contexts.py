@@ -131,6 +131,42 @@ def test_a_turn_cut_off_by_the_engines_death_leaves_the_one_before() -> None:
         assert client.turn(context_id, "again", **GREEDY)["context"]["num_turns"] == 2
 
 
+def test_turns_that_the_client_left_take_no_room_on_disk() -> None:
+    with running(model="fake:5") as daemon, daemon.client() as client:
+        context_id, other = (client.create_context()["id"] for _ in range(2))
+        client.turn(context_id, TEXTS[0], **GREEDY)
+        wait_written(client)
+        before = client.context(context_id)
+        assert before["kv"]["num_bytes"] > 0
+        for i in range(3):
+            stream = client.turn(context_id, f"{i} {TEXTS[1]}", stream=True, temperature=0, max_tokens=3000)
+            next(stream)
+            stream.close()  # type: ignore[attr-defined]
+            until(lambda: stats_of(client)["num_running"] == 0, "the turn to be given up")
+        client.turn(other, TEXTS[0], **GREEDY)
+        until(lambda: client.context(other)["kv"]["num_bytes"], "what is written after them")
+        assert client.context(context_id) == before
+
+
+def test_a_turn_that_ended_at_a_stop_string_is_on_disk() -> None:
+    with running(model="fake:5") as daemon:
+        with daemon.client() as client:
+            context_id = client.create_context()["id"]
+            # The stop is its first character: the engine has gone on by the time it is told.
+            stop = reply_of(client.turn(client.create_context()["id"], "x" * 500, **GREEDY))[0]
+            turn = client.turn(context_id, "x" * 500, stop=stop, **(GREEDY | {"max_tokens": 1000}))
+            assert turn["choices"][0]["finish_reason"] == "stop"
+            until(lambda: client.context(context_id)["kv"]["num_bytes"], "its blocks")
+            wait_written(client)
+            assert client.context(context_id)["kv"]["num_blocks"]["16"] >= turn["context"]["num_tokens"] // 16
+        daemon.process.kill()
+        daemon.wait_end()
+        with daemon.restart().client() as client:
+            more = client.turn(context_id, "more", **GREEDY)
+            cached = more["usage"]["prompt_tokens_details"]["cached_tokens"]
+            assert cached >= turn["context"]["num_tokens"] // 16 * 16
+
+
 def test_damaged_files_raise_the_alarm_and_change_no_reply(expected: list[str]) -> None:
     with running() as daemon:
         with daemon.client() as client:

@@ -7,12 +7,16 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
 from hob.config import EngineConfig, SchedulerConfig
 from hob.errors import EngineUnavailable, HobError, InvalidRequest, ModelFileError
+from hob.kvcache.contexts import ContextStore, Facts
+from hob.kvcache.keys import KeyRing
 from hob.request import FinishReason, Request, SamplingParams
+from hob.service.disk import DiskSpec
 from hob.service.handle import EngineHandle
 from hob.service.loop import EngineSpec
 
@@ -113,6 +117,32 @@ def test_a_dying_engine_ends_its_requests_and_is_replaced(signal_number: int) ->
         assert handle.num_restarts == 1
 
     with_engine(spec(step_s=0.002), body)
+
+
+def test_a_context_deleted_while_an_engine_starts_is_gone_from_its_disk(tmp_path: Path) -> None:
+    """The engine may have read the histories before: here they still name the context."""
+    kept = ContextStore(tmp_path / "contexts", KeyRing(tmp_path / "keys", {}), 10)
+    contexts = [kept.create("app", "fake", Facts()).context_id for _ in range(2)]
+    engine_spec = spec()
+    engine_spec.disk = DiskSpec(str(tmp_path / "contexts"), str(tmp_path / "keys"), 1 << 30)
+
+    async def body(handle: EngineHandle) -> None:
+        for i, context_id in enumerate(contexts):
+            await tokens_of(handle, request(f"r{i}", prompt=100 + i, context_id=context_id))
+        while len(await handle.context_kv("app", contexts)) < 2:
+            await asyncio.sleep(0.01)
+        pid = handle.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: handle._ready is None and handle._connection is not None, "an engine that starts")
+        handle.drop_context("app", contexts[0])
+        await tokens_of(handle, request("after"))
+        while len(left := await handle.context_kv("app", contexts)) == 2:
+            await asyncio.sleep(0.01)
+        assert list(left) == contexts[1:]
+
+    with_engine(engine_spec, body)
+    kept.close()
 
 
 def test_an_engine_that_cannot_start_says_why_and_is_not_retried() -> None:

@@ -111,6 +111,24 @@ def test_idle_models_go_in_their_time_and_the_default_stays() -> None:
     assert house.tokens("again") == solo(40, 8)
 
 
+def test_what_happens_to_contexts_while_a_model_is_loaded_reaches_its_disk(tmp_path: Path) -> None:
+    house, told = house_of("a", "b"), list[Swap]()
+
+    def prepare(name: str, opened: Opened) -> None:
+        ring = KeyRing(tmp_path / "keys", {})
+        store = BlockStore(tmp_path / name, "fake", opened.engine.block_bytes, ring, MB)
+        opened.swap = Swap(store, is_threaded=False)
+        house.residents.change_disk(told.append)
+
+    house.opener.prepare = prepare
+    for name in ("a", "b"):
+        house.ask(name, name)
+        house.run()
+    swaps = {resident.name: resident.swap for resident in house.residents}
+    assert told == [swaps["a"], swaps["a"], swaps["b"]]
+    house.residents.close()
+
+
 def test_a_busy_model_is_drained_for_one_that_waits_and_no_request_is_lost() -> None:
     house = house_of("a", "b", size=12 * MB)
     house.ask("long", "a", max_tokens=1500)

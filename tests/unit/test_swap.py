@@ -10,7 +10,7 @@ from tests.unit.test_scheduler import prompt, solo
 
 from hob.config import SchedulerConfig
 from hob.engine.fake import CostModel, FakeClock, FakeEngine
-from hob.kvcache.compression import Codec
+from hob.kvcache.compression import EXACT, Codec
 from hob.kvcache.keys import KeyRing
 from hob.kvcache.second_level import Load
 from hob.kvcache.store import BlockStore
@@ -287,6 +287,82 @@ def test_each_turn_replaces_the_unfinished_block_on_disk(tmp_path: Path) -> None
     world.swap.close()
 
 
+# ---- turns that do not end by themselves ----
+
+
+def begin(world: World, name: str, token_ids: list[int], num_tokens: int) -> None:
+    """A turn that has so many tokens of its reply and would have more."""
+    world.add(name, token_ids, 100)
+    while len(world.tokens.get(name, [])) < num_tokens:
+        world.step()
+
+
+def drain(world: World) -> None:
+    world.swap.drain(world.engine, world.scheduler.placement.prefixes.find)
+
+
+def test_turns_that_are_given_up_leave_no_trace(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.turn("one", prompt(100, 1))
+    history = prompt(100, 1) + world.tokens["one"]
+    before = world.swap.store.kept("app", "c")
+    for i in range(4):
+        begin(world, f"left {i}", history + prompt(40, 10 + i), 30)
+        world.scheduler.cancel(f"left {i}", world.clock())
+        drain(world)
+        assert world.swap.store.kept("app", "c") == before
+    last = world.turn("two", [*history, 5])
+    assert last.usage is not None
+    assert last.usage.num_cached_tokens == 107, "the unfinished block comes from disk: in memory others wrote on in it"
+    assert world.tokens["two"] == solo([*history, 5]).tokens["solo", 0]
+    world.swap.close()
+
+
+def test_a_given_up_turn_that_the_engine_had_finished_goes_with_the_next(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.turn("one", prompt(100, 1))
+    history = prompt(100, 1) + world.tokens["one"]
+    for i in range(4):
+        world.turn(f"left {i}", history + prompt(40, 10 + i))
+        kept = world.swap.store.kept("app", "c")
+        assert kept is not None
+        assert kept.num_blocks == {EXACT: 10}, "155 tokens"
+    world.swap.close()
+
+
+@pytest.mark.parametrize(("num_tokens", "num_restored"), [(22, 120), (40, 112)])
+def test_a_turn_that_ends_at_a_stop_string_is_kept_up_to_there(
+    tmp_path: Path, num_tokens: int, num_restored: int
+) -> None:
+    """The unfinished block too, unless the engine has filled it meanwhile."""
+    world = World(tmp_path)
+    begin(world, "one", prompt(100, 1), num_tokens)
+    world.scheduler.cancel("one", world.clock(), num_kept=120)
+    drain(world)
+    kept = world.swap.store.kept("app", "c")
+    assert kept is not None
+    assert kept.num_blocks == {EXACT: -(-num_restored // 16)}
+    world.restart()
+    history = [*prompt(100, 1), *world.tokens["one"][:20], 5]
+    assert restored(world.turn("two", history)) == num_restored
+    assert world.tokens["two"] == solo(history).tokens["solo", 0]
+    world.swap.close()
+
+
+def test_a_turn_that_ends_while_its_blocks_are_gone_takes_nothing_from_the_one_before(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.turn("one", prompt(100, 1))
+    before = world.swap.store.kept("app", "c")
+    begin(world, "two", prompt(100, 1) + world.tokens["one"], 20)
+    (sequence,) = world.scheduler.running
+    world.scheduler.placement.preempt(sequence)
+    world.scheduler.placement.take_leaves()
+    world.scheduler.cancel("two", world.clock(), num_kept=120)
+    drain(world)
+    assert world.swap.store.kept("app", "c") == before
+    world.swap.close()
+
+
 # ---- preemption ----
 
 
@@ -329,6 +405,28 @@ def test_a_full_writers_queue_is_not_waited_for(tmp_path: Path) -> None:
     world.swap.recompute_s = lambda start, num_tokens: 1.0
     preempted(world)
     assert world.swap.num_written == 0
+    world.swap.close()
+
+
+def test_two_that_are_preempted_at_once_share_the_writers_queue(tmp_path: Path) -> None:
+    world = World(tmp_path, num_blocks=18)
+    world.swap._max_queued_bytes = 12 * world.engine.block_bytes
+    world.swap.recompute_s = lambda start, num_tokens: 1.0
+    sampling = SamplingParams(max_tokens=8, temperature=0.0)
+    for name in ("one", "two"):
+        low = Request(name, "app", prompt(120, ord(name[0])), sampling=sampling, service_class=ServiceClass.BACKGROUND)
+        world.scheduler.add(low, world.clock())
+    while world.scheduler.waiting or any(s.num_computed_tokens < 120 for s in world.scheduler.running):
+        world.step()
+    urgent = Request("urgent", "chat", prompt(250, 2), sampling=sampling, service_class=ServiceClass.INTERACTIVE)
+    world.scheduler.add(urgent, world.clock())
+    plan = world.scheduler.schedule(world.clock())
+    assert plan is not None
+    assert world.scheduler.stats().num_preemptions == 2
+    (leave,) = world.scheduler.placement.take_leaves()
+    assert world.swap._queued_bytes == len(leave.keys) * world.engine.block_bytes
+    world.swap.leave(world.engine, leave)
+    assert world.swap._queued_bytes == 0, "written"
     world.swap.close()
 
 

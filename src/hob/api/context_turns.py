@@ -12,6 +12,7 @@ import codecs
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from hob.api.call import Call
@@ -127,9 +128,11 @@ async def deltas_of(call: Call, turn: Turn) -> AsyncGenerator[Delta, None]:
             turn.text += delta.text
             if delta.finish_reason is not None:
                 turn.finish = delta.finish_reason
-                reply = kept_reply(tokenizer, generation.choices[0].token_ids, turn.text)
+                drawn = generation.choices[0].token_ids
+                reply = kept_reply(tokenizer, drawn, turn.text)
                 new = turn.request.token_ids[len(turn.history) :] + reply
                 turn.record = await asyncio.to_thread(store_of(call).append, turn.record, new, turn.facts)
+                generation.outputs.num_kept = len(turn.request.token_ids) + num_equal(drawn, reply)
             yield delta
 
 
@@ -149,3 +152,8 @@ def kept_reply(tokenizer: TextCodec, token_ids: Sequence[int], text: str) -> lis
         if not decoder.getstate()[0]:
             whole = i + 1, len(shown)
     return list(token_ids)
+
+
+def num_equal(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -49,8 +49,11 @@ class SecondLevel(Protocol):
         """A sequence of a context ended: what is computed of it may go to disk."""
         ...
 
-    def is_worth_keeping(self, num_tokens: int) -> bool:
-        """Whether writing and reading back so many tokens of a preempted sequence beats computing them again."""
+    def reserve(self, num_tokens: int) -> bool:
+        """Take room for copies of so many tokens of a preempted sequence: its `Leave` follows.
+
+        False: there is none, or writing them and reading them back takes longer than computing them again.
+        """
         ...
 
     def forget(self, app: str, holder_id: str) -> None:

@@ -129,13 +129,17 @@ class Swap:
         dirty = self.store.missing(end.app, every, levels)
         self._turns.append(_Turn(end.app, end.context_id, every, end.tail, dirty, bits, levels))
 
-    def is_worth_keeping(self, num_tokens: int) -> bool:
+    def reserve(self, num_tokens: int) -> bool:
         """See SecondLevel. What does not fit the writer's queue is computed again, not waited for."""
-        num_bytes = num_tokens // BLOCK_SIZE * self.store.slot_bytes
-        if self._queued_bytes + num_bytes > self._max_queued_bytes:
-            return False
+        num_blocks = num_tokens // BLOCK_SIZE
+        num_bytes, queued_bytes = num_blocks * self.store.slot_bytes, num_blocks * self.store.block_bytes
         swap_s = num_bytes / self._write_bytes_per_s + num_bytes / self._bytes_per_s
-        return self.recompute_s is None or swap_s < self.recompute_s(0, num_tokens)
+        if self.recompute_s is not None and swap_s >= self.recompute_s(0, num_tokens):
+            return False
+        if self._queued_bytes + queued_bytes > self._max_queued_bytes:
+            return False
+        self._count_queued(queued_bytes)
+        return True
 
     def forget(self, app: str, holder_id: str) -> None:
         """See SecondLevel."""
@@ -144,14 +148,17 @@ class Swap:
     # ---- the loop's side ----
 
     def leave(self, memory: BlockMemory, leave: Leave) -> None:
-        """Copy a preempted sequence's blocks, those that are not on disk already, and hand them to the writer."""
+        """Copy a preempted sequence's blocks, those that are not on disk already, and hand them to the writer.
+
+        What was reserved for the others is free again.
+        """
         missing = set(self.store.missing(leave.app, leave.keys))
         blocks = {
             key: memory.read_block(block_id)
             for key, block_id in zip(leave.keys, leave.block_ids, strict=True)
             if key in missing
         }
-        self._count_queued(len(blocks) * self.store.block_bytes)
+        self._count_queued((len(blocks) - len(leave.keys)) * self.store.block_bytes)
         turn = _Turn(leave.app, leave.holder_id, leave.keys, None, [])
         self._submit(lambda: self._write(turn, blocks))
 

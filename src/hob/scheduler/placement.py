@@ -173,17 +173,23 @@ class Placement:
         leaves, self._leaves = self._leaves, []
         return leaves
 
-    def keep_context(self, sequence: Sequence) -> None:
-        """A turn of a persistent context ends: its computed blocks, an unfinished one too, go to disk ahead of time."""
+    def keep_context(self, sequence: Sequence, num_tokens: int) -> None:
+        """A turn of a context ends: the blocks of its first tokens go to disk ahead of time, an unfinished one too.
+
+        Only if all these are computed, but for the last token drawn: a sequence that was preempted may lack most of
+        what the disk has of the turn before.
+        """
         app, context_id = sequence.request.app, sequence.request.context_id
-        num_full, num_tail = divmod(sequence.num_computed_tokens, BLOCK_SIZE)
-        if self._second is None or context_id is None or not sequence.num_computed_tokens:
+        if self._second is None or context_id is None:
             return
+        if sequence.num_computed_tokens < min(num_tokens, sequence.num_tokens - 1):
+            return
+        num_full, num_tail = divmod(min(num_tokens, sequence.num_computed_tokens), BLOCK_SIZE)
         keys, tail = sequence.block_keys[:num_full], None
         if num_tail:
             tail = self._tail_key(sequence, num_full * BLOCK_SIZE, num_tail)
             self.prefixes.insert(app, tail, sequence.block_table[num_full])
-        self.prefixes.mark_context(sequence.block_table)
+        self.prefixes.mark_context(sequence.block_table[: num_full + 1])
         bits = sequence.request.kv_bits
         self._second.turn_ended(TurnEnd(app, context_id, keys, tail, bits, sequence.density.means()))
 
@@ -261,7 +267,7 @@ class Placement:
 
     def _leave(self, sequence: Sequence, second: SecondLevel) -> None:
         num_full = sequence.num_computed_tokens // BLOCK_SIZE
-        if num_full and second.is_worth_keeping(num_full * BLOCK_SIZE):
+        if num_full and second.reserve(num_full * BLOCK_SIZE):
             sequence.is_left = True
             keys, block_ids = sequence.block_keys[:num_full], sequence.block_table[:num_full]
             self._leaves.append(Leave(sequence.request.app, _holder_id(sequence), keys, block_ids))

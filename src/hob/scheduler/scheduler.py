@@ -225,10 +225,16 @@ class Scheduler:
         check_limits(request, place, self.forecast.stream_s(sequence) if request.tpot_limit_s is not None else 0.0)
         return None if is_in else place
 
-    def cancel(self, request_id: str, now: float) -> None:
-        """End all sequences of a request and free their blocks. A request that is gone already is no error."""
+    def cancel(self, request_id: str, now: float, num_kept: int | None = None) -> None:
+        """End all sequences of a request and free their blocks. A request that is gone already is no error.
+
+        num_kept: a context's turn has ended, with so many tokens of the sequence in its history. None: a turn of a
+        context was given up.
+        """
         for sequence in self._requests.get(request_id, []):
             if not sequence.is_finished:
+                if num_kept is not None:
+                    self.placement.keep_context(sequence, num_kept)
                 self._finish(sequence, FinishReason.CANCELLED, now)
 
     def park(self) -> list[list[Sequence]]:
@@ -544,8 +550,7 @@ class Scheduler:
             output.scores, output.score_tops = sequence.scores, sequence.score_tops
             if sequence.pooled:
                 output.embedding = sequence.pooled.vector().tobytes()
-        if reason is not FinishReason.ERROR:
-            self.placement.keep_context(sequence)
+            self.placement.keep_context(sequence, sequence.num_tokens)
         self.placement.remove(sequence)
         self.order.fairness.leave(sequence.request.app)
         siblings = self._requests[sequence.request.request_id]

@@ -174,13 +174,13 @@ class EngineHandle:
         self.spec.budget_bytes = budget_bytes
 
     def fork_context(self, app: str, parent_id: str, child_id: str) -> None:
-        """See `backend.Backend`. An engine that is starting learns it from the histories."""
-        if self._ready is not None:
+        """See `backend.Backend`. An engine that is starting may have read the histories before: it is told as well."""
+        if self._connection is not None:
             self._send(ForkContext(app, parent_id, child_id))
 
     def drop_context(self, app: str, context_id: str) -> None:
-        """See `backend.Backend`. An engine that is starting learns it from the histories."""
-        if self._ready is not None:
+        """See `backend.Backend`. An engine that is starting is told as well."""
+        if self._connection is not None:
             self._send(DropContext(app, context_id))
 
     async def context_kv(self, app: str, context_ids: list[str]) -> dict[str, ContextKv]:
@@ -223,7 +223,7 @@ class EngineHandle:
     def _end(self, outputs: Outputs, is_complete: bool) -> None:
         was_sent = self._outputs.pop(outputs.request.request_id, None) is not None
         if was_sent and not is_complete and self._connection is not None:
-            self._send(Cancel(outputs.request.request_id))
+            self._send(Cancel(outputs.request.request_id, outputs.num_kept))
 
     async def _call(self, message_of: Callable[[int], ToModels]) -> Answer:
         """Ask the engine process and wait for its answer. Raises the error it answers with."""

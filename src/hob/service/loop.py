@@ -139,11 +139,11 @@ class Loop:
         elif isinstance(message, Cancel):
             for compiling in self._compilings.values():
                 compiling.cancel(message.request_id)
-            residents.cancel(message.request_id, now)
+            residents.cancel(message.request_id, now, message.num_kept)
         elif isinstance(message, Publish):
             residents.publish(message.model, message.prompts)
         elif isinstance(message, ForkContext | DropContext):
-            self._change_disk(message)
+            residents.change_disk(lambda swap: change_disk(swap, message))
         elif isinstance(message, LoadModel):
             residents.load(message.call_id, message.spec, now)
         elif isinstance(message, AskContexts):
@@ -190,12 +190,6 @@ class Loop:
             if (kept := store.kept(message.app, context_id)) is not None
         }
 
-    def _change_disk(self, message: ForkContext | DropContext) -> None:
-        """In the disk tiers' own threads, after the turns that ended before. Models not here learn it when loaded."""
-        for resident in self._residents:
-            if resident.swap is not None:
-                change_disk(resident.swap, message)
-
     def _stats(self) -> Stats:
         stats = merged([*self._residents.room.retired, *map(stats_of, self._residents)])
         stats.memory = self._residents.stats(self._clock())
@@ -219,7 +213,7 @@ def _refused(request: Request, error: HobError) -> SequenceOutput:
 
 
 def change_disk(swap: Swap, message: ForkContext | DropContext) -> None:
-    """Copy or drop a context's references."""
+    """Copy or drop a context's references, in the disk tier's own thread, after the turns that ended before."""
     app = message.app
     if isinstance(message, ForkContext):
         parent_id, child_id = message.parent_id, message.child_id

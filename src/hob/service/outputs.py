@@ -41,6 +41,8 @@ class Outputs:
         self._sink: Sink | None = None
         self.place: Place | None = None
         """Where the request stood when it came, if it had to wait."""
+        self.num_kept: int | None = None
+        """See messages.Cancel: set by who leaves early with what it wanted."""
 
     def put(self, item: SequenceOutput | Exception) -> None:
         """Deliver an output, or the error that ends the request. From the event loop's thread."""

@@ -15,7 +15,7 @@ back. All is synchronous and owned by the loop; loading itself runs in `workers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -31,6 +31,7 @@ from hob.errors import (
     PermissionDenied,
 )
 from hob.kvcache.pool import BLOCK_SIZE
+from hob.kvcache.swap import Swap
 from hob.messages import Answer, Lease, MemoryStats, ModelSpec, ModelStats
 from hob.request import FinishReason, OutputError, Place, Request, Sequence, SequenceOutput
 from hob.scheduler.fairness import VirtualTime
@@ -103,6 +104,8 @@ class _Wanted:
     behind: set[str] = field(default_factory=set)
     """Models that it gave way to: it stands back while they have work, up to `behind_until`."""
     behind_until: float = 0.0
+    disk_changes: list[Callable[[Swap], None]] = field(default_factory=list)
+    """What happened to contexts while it was loaded, perhaps after it had read the histories."""
 
     @property
     def num_waiting(self) -> int:
@@ -167,6 +170,15 @@ class Residents:
         if (resident := self.room.residents.get(name)) is not None:
             resident.scheduler.placement.prefixes.publish(prompts)
 
+    def change_disk(self, change: Callable[[Swap], None]) -> None:
+        """A context was copied or deleted. A model that is not here learns it from the histories when it is loaded."""
+        for resident in self:
+            if resident.swap is not None:
+                change(resident.swap)
+        for wanted in self._wanted.values():
+            if wanted.is_loading:
+                wanted.disk_changes.append(change)
+
     def submit(self, request: Request, now: float, matchers: Many[object] = ()) -> Place | None:
         """Give a request to its model's scheduler, or have it wait for its model. Raises what admission raises."""
         name = request.model or self.room.default
@@ -184,10 +196,10 @@ class Residents:
         self._want(self._specs[name], now).requests.append(Waiting(request, matchers, now))
         return None
 
-    def cancel(self, request_id: str, now: float) -> None:
-        """The client left. A model that nobody else waits for is not loaded for it any more."""
+    def cancel(self, request_id: str, now: float, num_kept: int | None = None) -> None:
+        """The client left. A model that nobody else waits for is not loaded for it any more. See Scheduler.cancel."""
         for resident in self:
-            resident.scheduler.cancel(request_id, now)
+            resident.scheduler.cancel(request_id, now, num_kept)
         for name, wanted in list(self._wanted.items()):
             num_waiting = wanted.num_waiting
             wanted.requests = [waiting for waiting in wanted.requests if waiting.request.request_id != request_id]
@@ -486,6 +498,9 @@ class Residents:
             return
         opened.scheduler.order.fairness = self.fairness
         opened.scheduler.placement.prefixes.publish(self._published.get(name, ()))
+        if opened.swap is not None:
+            for change in wanted.disk_changes:
+                change(opened.swap)
         resident = Resident(wanted.spec, opened, footprint, self.room.ledger, self.room.now)
         surplus = opened.engine.scratch_bytes - footprint.scratch_bytes
         self.room.ledger.release(f"{name}/kv")  # what was reserved for it is what it takes now
