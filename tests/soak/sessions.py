@@ -1,4 +1,4 @@
-"""Random sessions of several apps over one engine: turns, forks, deletions, cancellations, evictions, restarts.
+"""Random sessions of several apps over one engine: turns, forks, deletions, cancellations, evictions, deaths.
 
 Apps share their prompts on purpose, so that a block given to the wrong app or the wrong place is likely and matters.
 Every reply is held against an oracle that knows no blocks. The engine attends to every slot of a sequence, as a real
@@ -7,9 +7,15 @@ model does; one wrong block anywhere changes the reply.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import queue
 import random
 import select
-from dataclasses import dataclass, field
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +77,10 @@ class Session:
     num_turns: int = 0
 
 
+class Killed(BaseException):
+    """The process ends here: nothing after this happens, no cleaning up either."""
+
+
 @dataclass
 class Tally:
     """What a run did."""
@@ -78,12 +88,20 @@ class Tally:
     num_rounds: int = 0
     num_wrong: int = 0
     num_cancelled: int = 0
+    num_stopped: int = 0
+    """Turns that ended where a stop string would have."""
     num_forks: int = 0
     num_deleted: int = 0
     num_restarts: int = 0
+    num_kills: int = 0
+    """Of the restarts, those by kill -9."""
+    num_half_written: int = 0
+    """Of these, those in the middle of a write."""
     num_blocks_read: int = 0
     num_blocks_written: int = 0
     num_preemptions: int = 0
+    num_evictions: int = 0
+    """Contexts whose blocks on disk were given up for others'."""
     num_alarms: int = 0
     wrong: list[str] = field(default_factory=list)
 
@@ -91,13 +109,15 @@ class Tally:
 class Sessions:
     """Runs rounds. A round is one turn of one context; several are in flight at a time."""
 
-    def __init__(self, folder: Path, seed: int, is_threaded: bool = False) -> None:
+    def __init__(self, folder: Path, seed: int, is_threaded: bool = False, restarts: float = 0.003) -> None:
+        """restarts: how likely each act is one."""
         self.rng = random.Random(seed)
         self.tally = Tally()
         self.sessions: dict[str, Session] = {}
         self.in_flight: dict[str, tuple[Session, list[int], int, list[int]]] = {}
-        self._folder, self._is_threaded = folder, is_threaded
+        self._folder, self._is_threaded, self._restarts = folder / "kv", is_threaded, restarts
         self._num_ids = 0
+        self._is_dying = False
         self._keys = KeyRing(folder / "keys", {})
         self.open()
 
@@ -107,7 +127,8 @@ class Sessions:
         self.engine = AttentiveEngine(cost=CostModel(), sleep=self.clock.sleep, vocab_size=VOCAB)
         self.engine.open_pool(NUM_BLOCKS)
         slot_bytes = 4096
-        store = BlockStore(self._folder / "kv", "fake", self.engine.block_bytes, self._keys, DISK_SLOTS * slot_bytes)
+        max_bytes = DISK_SLOTS * slot_bytes
+        store = BlockStore(self._folder, "fake", self.engine.block_bytes, self._keys, max_bytes, self._pwritev)
         store.reconcile({s.context_id: (s.app, None) for s in self.sessions.values()})
         self.swap = Swap(store, is_threaded=self._is_threaded)
         config = SchedulerConfig(max_running=8, max_step_tokens=self.rng.choice([32, 128, 512]))
@@ -115,20 +136,64 @@ class Sessions:
         self.prefixes = self.scheduler.placement.prefixes
 
     def shut(self, is_polite: bool) -> None:
-        """End it, with everything in flight; impolitely also with all that was not written yet."""
-        self.in_flight.clear()
+        """End it, with everything in flight; impolitely as kill -9 does."""
         if is_polite:
+            self.in_flight.clear()
             self.swap.drain(self.engine, self.prefixes.find)
-        self.tally.num_blocks_read += self.swap.num_read
-        self.tally.num_blocks_written += self.swap.num_written
-        self.tally.num_preemptions += self.scheduler.placement.num_preemptions
-        self.tally.num_alarms += self.prefixes.num_alarms + self.swap.store.num_alarms
+        else:
+            self._kill()
+        self.tally = self.so_far
         self.swap.close()
 
-    def run(self, num_rounds: int, min_blocks_read: int = 0) -> Tally:
-        """Play, and go on until that many blocks came from disk: with threads, how many do depends on the machine."""
-        while self.tally.num_rounds < num_rounds or self._num_blocks_read < min_blocks_read:
-            assert self.tally.num_rounds < 20 * num_rounds, f"only {self._num_blocks_read} blocks came from disk"
+    @property
+    def so_far(self) -> Tally:
+        """The tally, with what the present engine process has done."""
+        tally, swap, placement = self.tally, self.swap, self.scheduler.placement
+        return replace(
+            tally,
+            num_blocks_read=tally.num_blocks_read + swap.num_read,
+            num_blocks_written=tally.num_blocks_written + swap.num_written,
+            num_preemptions=tally.num_preemptions + placement.num_preemptions,
+            num_evictions=tally.num_evictions + swap.store.num_evicted,
+            num_alarms=tally.num_alarms + self.prefixes.num_alarms + swap.store.num_alarms,
+        )
+
+    def _kill(self) -> None:
+        """Let a turn end, then lose what is queued to be written, and stop in the middle of the next write.
+
+        The folder as it is at that moment is what the next process finds: its log not copied into the index, slots
+        that no row names, holes that are not punched.
+        """
+        while self.in_flight and not self.swap.has_turns:
+            self.step()
+        self.in_flight.clear()
+        self.tally.num_kills += 1
+        swap, writer, idle = self.swap, self.swap._writer, threading.Event()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                swap._jobs.get_nowait()
+        swap.run(idle.set)
+        idle.wait()
+        swap._writer, self._is_dying = None, True  # from now on it writes here
+        try:
+            swap.drain(self.engine, self.prefixes.find)
+        except Killed:
+            self.tally.num_half_written += 1
+        swap._writer, self._is_dying = writer, False
+        self._folder = Path(shutil.copytree(self._folder, self._folder.with_name(f"kv{self.tally.num_kills}")))
+
+    def _pwritev(self, fd: int, parts: Sequence[bytes | memoryview], offset: int) -> int:
+        """os.pwritev, of which the dying process does a part."""
+        if not self._is_dying:
+            return os.pwritev(fd, parts, offset)
+        data = b"".join(parts)
+        os.pwrite(fd, data[: self.rng.randrange(len(data) + 1)], offset)
+        raise Killed
+
+    def run(self, num_rounds: int, is_enough: Callable[[Tally], bool] = lambda tally: True) -> Tally:
+        """Play, and go on until enough has happened: with threads, what does depends on the machine."""
+        while self.tally.num_rounds < num_rounds or not is_enough(self.so_far):
+            assert self.tally.num_rounds < 20 * num_rounds, f"not enough has happened: {self.so_far}"
             self._act()
             for _ in range(self.rng.randrange(1, 5)):
                 self.step()
@@ -136,10 +201,6 @@ class Sessions:
             self.step()
         self.shut(is_polite=True)
         return self.tally
-
-    @property
-    def _num_blocks_read(self) -> int:
-        return self.tally.num_blocks_read + self.swap.num_read
 
     def step(self) -> None:
         """One step of the loop."""
@@ -194,15 +255,12 @@ class Sessions:
         busy = {session.context_id for session, *_ in self.in_flight.values()}
         idle = [session for session in self.sessions.values() if session.context_id not in busy]
         dice = self.rng.random()
-        if dice < 0.003:
+        if self.rng.random() < self._restarts:
             self.tally.num_restarts += 1
             self.shut(is_polite=self.rng.random() < 0.5)
             self.open()
         elif dice < 0.04 and self.in_flight:
-            self.tally.num_cancelled += 1
-            name = self.rng.choice(list(self.in_flight))
-            del self.in_flight[name]
-            self.scheduler.cancel(name, self.clock())
+            self._cancel(self.rng.choice(list(self.in_flight)))
         elif idle and (dice < 0.1 or len(self.sessions) > 24):
             self._delete(self.rng.choice(idle))
         elif idle and dice < 0.2:
@@ -214,6 +272,17 @@ class Sessions:
             if len(session.history) > MAX_TOKENS:
                 self.sessions.pop(session.context_id, None)
                 self.swap.drop(session.app, session.context_id)
+
+    def _cancel(self, name: str) -> None:
+        """A turn is given up, or ends where a stop string would."""
+        session, prompt, _, got = self.in_flight.pop(name)
+        if got and self.rng.random() < 0.5:
+            self.tally.num_stopped += 1
+            self.scheduler.cancel(name, self.clock(), num_kept=len(prompt) + len(got))
+            self._judge(session, prompt, len(got), got)
+        else:
+            self.tally.num_cancelled += 1
+            self.scheduler.cancel(name, self.clock())
 
     def _delete(self, session: Session) -> None:
         self.tally.num_deleted += 1
