@@ -86,6 +86,23 @@ def test_loading_is_use(home: Home) -> None:
     assert old.exists()
 
 
+@pytest.mark.parametrize("fault", ["BlockIndex.holders", "BlockStore.reconcile"])
+def test_a_store_that_did_not_open_can_be_opened_the_next_time(
+    home: Home, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that failed for a moment: the failed attempt must not keep the lock."""
+    home.load("a")
+    where = "block_index" if fault.startswith("BlockIndex") else "store"
+
+    def fail(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(f"hob.kvcache.{where}.{fault}", fail)
+        assert open_disk(home.spec, FakeEngine(name="a"), "") is None
+    home.open("a")
+
+
 def test_an_open_store_is_never_removed(home: Home) -> None:
     opened = home.open("open").swap.store
     (path,) = home.stores

@@ -155,12 +155,17 @@ class BlockStore:
         self._refused: list[tuple[str, Key, Entry]] = []  # by readers; the writing thread frees their slots
         self._last_use = 0.0
         """Of all contexts. A count, because clocks are set back; it goes on from Unix times in older indexes."""
-        try:
-            self._lock_fd = _lock(folder)
-            self._index = BlockIndex(folder / "index.db")
-            self._load()
-        except (OSError, sqlite3.Error) as error:
-            raise StorageError(f"cannot open the KV store '{folder}': {error}") from error
+        with contextlib.ExitStack() as undo:  # else the next attempt would wait for our own lock
+            try:
+                self._lock_fd = _lock(folder)
+                undo.callback(os.close, self._lock_fd)
+                self._index = BlockIndex(folder / "index.db")
+                undo.pop_all()
+                undo.callback(self.close)
+                self._load()
+            except (OSError, sqlite3.Error) as error:
+                raise StorageError(f"cannot open the KV store '{folder}': {error}") from error
+            undo.pop_all()
 
     # ---- questions ----
 

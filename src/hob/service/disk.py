@@ -59,7 +59,11 @@ def open_disk(
         _remove_stale(folder, fingerprint)
         where = folder / f"kv-{fingerprint}"
         store = BlockStore(where, fingerprint, engine.block_bytes, keys, spec.max_bytes, codec=Codec(engine.kv_shape))
-        store.reconcile(live_contexts(folder))
+        try:
+            store.reconcile(live_contexts(folder))
+        except BaseException:
+            store.close()
+            raise
     except (HobError, OSError) as error:
         log.error("no disk tier: %s. Contexts stay, their KV will be computed again.", error)
         return None
