@@ -135,4 +135,9 @@ def test_live_contexts_as_the_engine_process_sees_them(tmp_path: Path) -> None:
         parent.context_id: ("app", None),
         child.context_id: ("app", parent.context_id),
     }
+    full = contexts.append(parent, [1, 2], Facts())
+    grown = contexts.fork("app", full.context_id)
+    assert live_contexts(tmp_path / "contexts")[grown.context_id] == ("app", parent.context_id)
+    contexts.append(grown, [3], Facts())
+    assert live_contexts(tmp_path / "contexts")[grown.context_id] == ("app", None), "it goes its own way"
     contexts.close()

@@ -236,13 +236,17 @@ class ContextStore:
 
 
 def live_contexts(folder: Path) -> dict[str, tuple[str, str | None]]:
-    """Context -> (app, parent), as another process may ask. Empty if there are none yet. Raises StorageError."""
+    """Context -> (app, parent), as another process may ask. Empty if there are none yet. Raises StorageError.
+
+    Without the parent once a copy has had a turn of its own: then it says itself which blocks are its.
+    """
     if not (folder / _FILE).exists():
         return {}
     try:
         with contextlib.closing(sqlite3.connect(f"file:{folder / _FILE}?mode=ro", uri=True, timeout=5)) as database:
             try:
-                rows = database.execute("SELECT id, app, parent FROM contexts").fetchall()
+                query = "SELECT id, app, CASE WHEN num_turns <= 1 THEN parent END FROM contexts"
+                rows = database.execute(query).fetchall()
             except sqlite3.OperationalError as error:
                 if "no such table" in str(error):
                     return {}
