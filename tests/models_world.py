@@ -16,6 +16,7 @@ from hob.service.ledger import Ledger
 from hob.service.resident import Footprint, Opened
 from hob.service.residents import ResidencyConfig, Residents
 from hob.service.stepping import Stepper
+from hob.service.totals import stats_of
 from hob.service.workers import Workers
 
 MB = 1_000_000
@@ -86,11 +87,18 @@ class House:
         max_tokens: int = 8,
         service_class: ServiceClass = ServiceClass.STANDARD,
         app: str = "app",
+        deadline_s: float | None = None,
     ) -> None:
         """Submit a request; prompts of one length are equal."""
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         request = Request(
-            name, app, list(range(num_prompt)), model=model, sampling=sampling, service_class=service_class
+            name,
+            app,
+            list(range(num_prompt)),
+            model=model,
+            sampling=sampling,
+            service_class=service_class,
+            ttft_deadline_s=deadline_s,
         )
         self.residents.submit(request, self.clock.now)
 
@@ -111,6 +119,8 @@ class House:
                 self.ended += [(app, message.name) for app in message.apps]
         self.residents.room.outputs, self.residents.room.messages = [], []
         self.residents.check()
+        for resident in self.residents:
+            stats_of(resident)
         self.peak_bytes = max(self.peak_bytes, self.ledger.reserved_bytes)
         return bool(computed)
 

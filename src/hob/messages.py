@@ -14,7 +14,7 @@ import struct
 
 import msgspec
 
-from hob.request import OutputError, Request, SequenceOutput
+from hob.request import OutputError, Request, SequenceOutput, ServiceClass
 
 FRAME_HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 256 << 20
@@ -88,11 +88,21 @@ class Lease(msgspec.Struct, frozen=True):
     """Seconds after its last request that it stays. None: as the setting `keep_alive_s` says."""
 
 
+class Need(msgspec.Struct, frozen=True):
+    """How soon a model is wanted."""
+
+    service_class: ServiceClass = ServiceClass.STANDARD
+    """Of the request to come."""
+    due_s: float | None = None
+    """When its first token is due, on the machine's monotonic clock. None: it has no deadline."""
+
+
 class LoadModel(msgspec.Struct, tag="load_model"):
-    """Load this model unless it is. The answer comes when it is there or cannot be."""
+    """Load this model unless it is. The answer comes when it is there or cannot be, or not in time."""
 
     call_id: int
     spec: ModelSpec
+    need: Need = Need()
 
 
 class UnloadModel(msgspec.Struct, tag="unload_model"):

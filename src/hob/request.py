@@ -147,6 +147,8 @@ class Request:
     """The app's share of compute time among its class."""
     ttft_deadline_s: float | None = None
     """Seconds after arrival by which the first token is wanted. None: as soon as its class allows."""
+    arrived_s: float | None = None
+    """When it arrived, on the machine's monotonic clock, which all processes share. None: when the engine has it."""
     tpot_limit_s: float | None = None
     """Most seconds per output token after the first, on average. None: as its class allows."""
     context_id: str | None = None

@@ -18,7 +18,7 @@ from hob.api.services import ServedModel, Services
 from hob.api.shelf import Installed, Library, ModelShelf
 from hob.config import Config
 from hob.errors import Overloaded
-from hob.messages import MemoryStats, ModelInfo, ModelSpec, ModelStats, Stats
+from hob.messages import MemoryStats, ModelInfo, ModelSpec, ModelStats, Need, Stats
 from tests.api.conftest import Server
 from tests.api.scripted import MODEL, ByteTokenizer, PlainChat, ScriptedBackend, tokens_of
 from tests.daemons import running
@@ -112,7 +112,7 @@ def test_a_long_input_is_cut_only_where_that_is_allowed(client: ollama.Client) -
 class TwoModels(ScriptedBackend):
     """The scripted model, and another that is loaded when it is asked for."""
 
-    async def load(self, spec: ModelSpec) -> ModelInfo:
+    async def load(self, spec: ModelSpec, need: Need) -> ModelInfo:
         """See Backend."""
         return msgspec.structs.replace(MODEL, name=spec.name, architecture="other", num_parameters=2_500_000)
 

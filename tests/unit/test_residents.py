@@ -6,16 +6,20 @@ import random
 from pathlib import Path
 
 import pytest
-from tests.models_world import BLOCK_BYTES, BUDGET, KV_TOKENS, MB, House, solo
+from tests.models_world import BLOCK_BYTES, BUDGET, KV_TOKENS, MB, VOCAB, House, solo
 
-from hob.errors import Conflict, InvalidRequest, ModelNotFound, NotFound, PermissionDenied
+from hob.config import SchedulerConfig
+from hob.errors import Conflict, InvalidRequest, ModelNotFound, NotFound, Overloaded, PermissionDenied
 from hob.kvcache.keys import KeyRing
 from hob.kvcache.pool import BLOCK_SIZE
 from hob.kvcache.store import BlockStore
 from hob.kvcache.swap import Swap
-from hob.messages import Lease, ModelSpec
-from hob.service.resident import Opened
-from hob.service.residents import DRAIN_AFTER_S, MIN_STAY_S, ResidencyConfig
+from hob.messages import Lease, ModelSpec, Need
+from hob.request import ServiceClass
+from hob.scheduler.scheduler import Scheduler
+from hob.service import residents
+from hob.service.resident import MIN_STAY_S, PAUSE_S, Opened
+from hob.service.residents import DRAIN_AFTER_S, PATIENCE_S, TIE_S, ResidencyConfig
 
 
 def house_of(*names: str, size: int = 6 * MB, **fields: object) -> House:
@@ -150,7 +154,7 @@ def test_a_busy_model_is_drained_for_one_that_waits_and_no_request_is_lost() -> 
 def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     house = house_of("a", "b", size=12 * MB)
     house.opener.sizes["b"] = 21 * MB
-    house.residents.load(1, ModelSpec("b", ""), house.clock.now)
+    house.residents.load(1, ModelSpec("b", ""), house.clock.now, Need())
     house.ask("r", "b")
     house.run()
     error = house.answers[1].error
@@ -176,7 +180,7 @@ def test_what_does_not_fit_beside_pinned_ones_is_refused_and_names_them() -> Non
 def test_a_model_that_does_not_load_is_told_to_all_and_leaves_nothing() -> None:
     house = house_of("a", "b")
     house.opener.broken.add("b")
-    house.residents.load(7, ModelSpec("b", ""), 0.0)
+    house.residents.load(7, ModelSpec("b", ""), 0.0, Need())
     house.ask("one", "b")
     house.ask("two", "b")
     house.ask("three", "b")
@@ -268,13 +272,13 @@ def test_models_whose_sequences_fit_only_alone_take_turns() -> None:
     assert house.tokens("a-long") == house.tokens("b-long") == solo(3500, 8)
 
 
-def two_long_replies(*pinned: str) -> House:
+def two_long_replies(*pinned: str, class_of_b: ServiceClass = ServiceClass.STANDARD) -> House:
     """Two models with a long reply each, which has begun; together they do not fit."""
     size = (17 << 20) // 2
     limits = ResidencyConfig(kv_tokens=KV_TOKENS, max_pinned_share=1.0)
     house = house_of("a", "b", size=size, budget=2 * size + 70 * BLOCK_BYTES, limits=limits)
-    for name in ("a", "b"):
-        house.ask(name, name, num_prompt=300, max_tokens=1000)
+    for name, service_class in (("a", ServiceClass.STANDARD), ("b", class_of_b)):
+        house.ask(name, name, num_prompt=300, max_tokens=1000, service_class=service_class)
     while not (house.tokens("a") and house.tokens("b")):
         house.step()
     for name in pinned:
@@ -549,3 +553,208 @@ def test_a_ledger_that_grants_everything_goes_over_the_budget() -> None:
         house.ask(name, name)
         house.run()
     assert house.peak_bytes > BUDGET
+
+
+# ---- classes across models ----
+
+INTERACTIVE, STANDARD, BACKGROUND = ServiceClass.INTERACTIVE, ServiceClass.STANDARD, ServiceClass.BACKGROUND
+LOAD_S = 1.0
+
+
+def one_at_a_time() -> House:
+    """Models of which one fits at a time and each takes a second to load."""
+    house = house_of("a", "b", "c", size=12 * MB)
+    house.opener.prepare = lambda name, opened: house.clock.sleep(LOAD_S)
+    return house
+
+
+def play(house: House, seconds: float) -> None:
+    end = house.clock.now + seconds
+    while house.clock.now < end:
+        house.step() or house.clock.sleep(0.05)
+
+
+def talk(house: House, turns: int, every_s: float = 10.0) -> list[float]:
+    """A chat on model b. Returns how long each turn waited for its first token."""
+    waits = []
+    for _ in range(turns):
+        start = house.clock.now
+        house.ask(f"turn{start}", "b", service_class=INTERACTIVE, app="chat")
+        play(house, every_s)
+        waits.append(house.times[f"turn{start}"][0] - start)
+    return waits
+
+
+def test_a_background_job_does_not_take_the_model_of_a_chat_and_comes_in_the_end() -> None:
+    house = one_at_a_time()
+    talk(house, 1)
+    house.ask("job", "c", service_class=BACKGROUND)
+    assert max(talk(house, 5)) < 0.5, "no turn waited for a model"
+    assert not house.is_done("job")
+    assert sum(wait > 0.5 for wait in talk(house, 5)) <= 1
+    assert house.tokens("job") == solo(40, 8)
+
+
+def test_a_background_job_has_its_turn_when_the_chat_is_over() -> None:
+    house = one_at_a_time()
+    talk(house, 1)
+    house.ask("job", "c", service_class=BACKGROUND)
+    play(house, PAUSE_S - 5)
+    assert house.tokens("job") == solo(40, 8)
+    assert PAUSE_S < PATIENCE_S, "the control: it was not patience that did it"
+
+
+def test_a_chat_does_not_wait_for_the_end_of_a_background_reply_on_another_model() -> None:
+    house = one_at_a_time()
+    house.ask("job", "a", max_tokens=3000, service_class=BACKGROUND)
+    play(house, 5)
+    assert 0 < len(house.tokens("job")) < 2000, "the control: it was under way"
+    assert max(talk(house, 2)) < LOAD_S + 0.5
+    house.run(200)
+    assert house.tokens("job") == solo(40, 3000)
+    assert not house.residents.fairness._num_busy
+
+
+def test_a_long_background_job_ends_though_another_model_is_never_without_urgent_work() -> None:
+    house = one_at_a_time()
+    talk(house, 1)
+    loads = house.residents.num_loads
+    house.ask("job", "c", num_prompt=1000, max_tokens=1200, service_class=BACKGROUND)
+    waits = talk(house, 60, 5.0)
+    assert house.tokens("job") == solo(1000, 1200)
+    assert house.residents.num_loads - loads > 3, "the control: one stay was not enough"
+    assert sum(wait > 0.5 for wait in waits) <= 2 * 300 / PATIENCE_S
+
+
+@pytest.mark.parametrize("class_of_b", [INTERACTIVE, BACKGROUND])
+def test_of_two_that_do_not_fit_the_less_urgent_gives_way(class_of_b: ServiceClass) -> None:
+    house = two_long_replies(class_of_b=class_of_b)
+    house.run(120)
+    assert house.unloaded[0] == ("a" if class_of_b is INTERACTIVE else "b")
+    assert house.tokens("a") == house.tokens("b") == solo(300, 1000)
+
+
+def test_the_more_urgent_of_two_wanted_models_comes_first() -> None:
+    house = one_at_a_time()
+    house.ask("job", "c", service_class=BACKGROUND)
+    house.ask("turn", "b", service_class=INTERACTIVE)
+    house.residents.load(1, ModelSpec("a", ""), house.clock.now, Need(STANDARD))
+    house.run(120)
+    assert house.times["turn"][0] < house.times["job"][0]
+    assert house.answers[1].model is not None
+    assert house.tokens("job") == house.tokens("turn") == solo(40, 8)
+
+
+def test_a_model_that_is_drained_for_lesser_work_takes_urgent_requests() -> None:
+    house = one_at_a_time()
+    house.ask("long", "b", max_tokens=3000)
+    play(house, LOAD_S + MIN_STAY_S + 0.5)
+    house.ask("other", "c")
+    play(house, DRAIN_AFTER_S + 0.2)
+    b = house.residents.get("b")
+    assert b is not None
+    assert b.is_draining
+    start = house.clock.now
+    house.ask("equal", "b")
+    house.ask("turn", "b", service_class=INTERACTIVE)
+    play(house, 1)
+    assert house.times["turn"][0] - start < 0.5
+    house.run(300)
+    for name in ("other", "equal", "turn"):
+        assert house.tokens(name) == solo(40, 8), name
+
+
+@pytest.mark.parametrize("has_disk", [False, True])
+def test_a_chat_has_the_kv_that_background_work_on_another_model_holds(tmp_path: Path, has_disk: bool) -> None:
+    size = (17 << 20) // 2
+    house = house_of("a", "b", size=size, budget=2 * size + 70 * BLOCK_BYTES)
+
+    def prepare(name: str, opened: Opened) -> None:
+        if has_disk:
+            ring = KeyRing(tmp_path / "keys", {})
+            store = BlockStore(tmp_path / name, name, opened.engine.block_bytes, ring, MB)
+            opened.swap = Swap(store, is_threaded=False)
+            opened.scheduler = Scheduler(
+                SchedulerConfig(), opened.scheduler.placement.pool.num_blocks, 8192, VOCAB, opened.swap
+            )
+
+    house.opener.prepare = prepare
+    talk(house, 1, 5.0)
+    house.ask("job", "a", num_prompt=400, max_tokens=600, service_class=BACKGROUND)
+    while len(house.tokens("job")) < 500:
+        house.step()
+    start = house.clock.now
+    house.ask("turn", "b", num_prompt=800, service_class=INTERACTIVE, app="chat")
+    while not house.tokens("turn"):
+        house.step() or house.clock.sleep(0.05)
+    assert len(house.tokens("job")) < 600, "it did not have to end first"
+    assert house.clock.now - start < TIE_S + 1.0
+    house.run(60)
+    assert house.tokens("job") == solo(400, 600)
+    assert house.unloaded == []
+    a = house.residents.get("a")
+    assert a is not None
+    if a.swap is not None:
+        assert min(a.swap.num_written, a.swap.num_read) > 20, "the control: it was kept on disk"
+        house.residents.close()
+
+
+def test_background_work_has_its_kv_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another model's urgent streams leave too little, one beginning before the other ends."""
+    monkeypatch.setattr(residents, "PATIENCE_S", 6.0)
+    size = (17 << 20) // 2
+    house = house_of("a", "b", size=size, budget=2 * size + 70 * BLOCK_BYTES)
+    for name in ("a", "b"):
+        house.ask(name, name)
+    house.run()
+    start, done_at = 0.0, []
+    for i in range(30):
+        house.ask(f"urgent{i}", "b", num_prompt=200, max_tokens=100, service_class=INTERACTIVE)
+        play(house, 0.4)
+        if i == 2:
+            house.ask("job", "a", num_prompt=1000, service_class=BACKGROUND)
+            start = house.clock.now
+        done_at += [house.clock.now - start] * house.is_done("job")
+    assert done_at
+    assert 6 < done_at[0] < 9
+    house.run(60)
+    assert house.tokens("job") == solo(1000, 8)
+    assert all(house.tokens(f"urgent{i}") == solo(200, 100) for i in range(30))
+
+
+# ---- deadlines while a model is not there ----
+
+
+def test_the_time_that_a_model_took_to_come_counts_in_a_deadline() -> None:
+    house = one_at_a_time()
+    house.ask("a", "a")
+    house.run()
+    house.ask("late", "b", deadline_s=0.5)  # nobody knows yet how long it takes
+    house.run()
+    assert house.error("late") == "Overloaded"
+    assert "wanted within 0.500 s, but is expected after 2." in str(house.outputs["late"][-1].error)
+    house.ask("a2", "a")
+    house.run()
+    assert house.loaded == {"a"}
+    refused = "due in 0.500 s, but model 'b' is not in memory, and to load it takes 1.0"
+    with pytest.raises(Overloaded, match=refused):
+        house.ask("again", "b", deadline_s=0.5)
+    house.residents.load(1, ModelSpec("b", ""), house.clock.now, Need(due_s=house.clock.now + 0.5))
+    house.run()
+    assert refused in str(house.answers[1].error)
+    assert house.loaded == {"a"}, "what is refused loads nothing"
+    house.ask("in-time", "b", deadline_s=5.0)
+    house.run()
+    usage = house.outputs["in-time"][-1].usage
+    assert usage is not None
+    assert usage.is_ttft_met
+
+
+def test_a_request_that_waits_on_when_its_model_is_there_is_told_its_place() -> None:
+    house = house_of("a", "b")
+    for i in range(200):
+        house.ask(f"r{i}", "b")
+    house.run(1.0)
+    places = [output.place for outputs in house.outputs.values() for output in outputs if output.place is not None]
+    assert places
+    assert max(place.num_ahead for place in places) > 10

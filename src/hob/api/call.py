@@ -15,7 +15,7 @@ from hob.api.params import limit_s, service_class
 from hob.api.schema import Sampling
 from hob.api.services import Services
 from hob.api.stream import until_gone
-from hob.messages import ModelInfo
+from hob.messages import ModelInfo, Need
 from hob.request import Kind, Request, ServiceClass
 from hob.service.identity import Caller
 from hob.service.policy import Grant
@@ -71,16 +71,17 @@ class Call:
     adapter: str = ""
     """Of the model in use, as the engine calls it. Empty: none."""
 
-    async def use_model(self, name: str) -> ModelInfo:
+    async def use_model(self, name: str, class_field: str | None = None) -> ModelInfo:
         """Bind the call to the model of that name, loading it if it must be: its tokenizer and template are used now.
 
-        'MODEL:ADAPTER' is a model with one of its adapters. Raises ModelNotFound naming the installed ones,
-        ModelTooLarge, Overloaded.
+        'MODEL:ADAPTER' is a model with one of its adapters. It is loaded as urgently as the call's class and its
+        deadline say. Raises ModelNotFound naming the installed ones, ModelTooLarge, Overloaded.
         """
         name, adapter = split_name(name)
         if (grant := self.record.grant) is not None and name not in ("", "default"):
             grant.check_model(name)
-        self.services, base = await self.services.bound_to(name, self.app)
+        due_s = None if self.ttft_deadline_s is None else self._arrived_s + self.ttft_deadline_s
+        self.services, base = await self.services.bound_to(name, Need(self._class_of(class_field), due_s))
         model, self.adapter = with_adapter(base, adapter)
         return model
 
@@ -98,9 +99,15 @@ class Call:
             service_class=self.class_of(class_field),
             weight=1.0 if grant is None else grant.weight,
             ttft_deadline_s=self.ttft_deadline_s,
+            arrived_s=None if self.ttft_deadline_s is None else self._arrived_s,
             tpot_limit_s=self.tpot_limit_s,
             **fields,
         )
+
+    @property
+    def _arrived_s(self) -> float:
+        """When the call began, on the clock that the engine process reads too."""
+        return time.monotonic() - self.record.elapsed_s
 
     def take_limits(self, body: Sampling) -> None:
         """Let the body's deadline and limit hold for the requests to come."""
@@ -108,13 +115,16 @@ class Call:
         self.tpot_limit_s = limit_s(body, "tpot_limit_ms")
 
     def class_of(self, class_field: str | None) -> ServiceClass:
-        """The class asked for by field or header. Raises InvalidRequest."""
+        """The class asked for by field or header, which the log line says. Raises InvalidRequest."""
+        found = self._class_of(class_field)
+        self.record.service_class = found.name.lower()
+        return found
+
+    def _class_of(self, class_field: str | None) -> ServiceClass:
         asked = service_class(class_field, self.class_header)
         is_asked = class_field is not None or self.class_header is not None
         grant = self.record.grant
-        found = asked if grant is None else grant.service_class(asked if is_asked else None)
-        self.record.service_class = found.name.lower()
-        return found
+        return asked if grant is None else grant.service_class(asked if is_asked else None)
 
     async def while_connected(self, work: Coroutine[Any, Any, T]) -> T:
         """Run work that ends when the client leaves."""

@@ -66,7 +66,7 @@ async def begin(call: Call, body: ChatRequest, num_bytes: int) -> Conversation:
     """Check a body and make the request of it. `num_bytes`: of the body; a long one is tokenised aside."""
     check_neutral(body)
     call.take_limits(body)
-    model = await call.use_model(body.model)
+    model = await call.use_model(body.model, body.service_class)
     wants_stream_usage(body)
     stops = stop_strings(body)
     tokenizer = call.services.tokenizer

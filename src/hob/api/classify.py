@@ -47,7 +47,7 @@ INSTRUCTION = "Classify the text. Answer with one of these labels only: {labels}
 async def classify(call: Call, raw: bytes) -> Response:
     """Score the labels."""
     body = parse_body(raw, ClassifyRequest)
-    model = await call.use_model(body.model)
+    model = await call.use_model(body.model, body.service_class)
     labels, texts = _labels(body)
     _check_threshold(body)
     asked, is_list = _asked(body)

@@ -69,7 +69,7 @@ async def completions(call: Call, raw: bytes) -> Response:
     body = parse_body(raw, CompletionRequest)
     check_neutral(body)
     call.take_limits(body)
-    model = await call.use_model(body.model)
+    model = await call.use_model(body.model, body.service_class)
     with_usage = wants_stream_usage(body)
     prompts = await aside(len(raw), lambda: prompts_of(call, body))
     stamp = Stamp("cmpl-", model)

@@ -75,7 +75,6 @@ async def begin(call: Call, context_id: str, body: TurnRequest, model: ModelInfo
             f"context '{context_id}' holds a {record.facts.kind}. Expected '{expected}', so that it stays one.",
             param=expected,
         )
-    call.take_limits(body)
     services = call.services
     if body.messages is not None:
         messages = plain_messages(body.messages)

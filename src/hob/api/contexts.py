@@ -126,7 +126,8 @@ async def take_turn(call: Call, context_id: str, raw: bytes) -> Response:
         raise InvalidRequest("expected exactly one of the fields 'messages' and 'prompt'", param="messages")
     record = await asyncio.to_thread(store_of(call).get, call.app, context_id)
     is_named = body.model not in ("", "default")
-    model = await call.use_model(body.model if is_named else record.model)
+    call.take_limits(body)
+    model = await call.use_model(body.model if is_named else record.model, body.service_class)
     with_usage = wants_stream_usage(body)
     if body.stream:
         return EventStream(_events(call, context_id, body, model, with_usage=with_usage))

@@ -26,7 +26,7 @@ from hob.request import Kind, Pool, Request
 async def embeddings(call: Call, raw: bytes) -> Response:
     """Embed each input."""
     body = parse_body(raw, EmbeddingRequest)
-    model = await call.use_model(body.model)
+    model = await call.use_model(body.model, body.service_class)
     vectors = await embed_all(call, body, model, len(raw))
     as_base64 = body.encoding_format == "base64"
     data = [

@@ -59,7 +59,7 @@ class FeaturesRequest(Body, kw_only=True):
 async def features(call: Call, raw: bytes) -> Response:
     """Pooled states of each text."""
     body = parse_body(raw, FeaturesRequest)
-    model = await call.use_model(body.model)
+    model = await call.use_model(body.model, body.service_class)
     states = await pooled_states(call, model, body, len(raw))
     reply: dict[str, Any] = {
         "object": "features",

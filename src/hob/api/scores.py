@@ -31,7 +31,7 @@ MAX_CONTINUATIONS = 256
 async def score_texts(call: Call, raw: bytes) -> Response:
     """Score what is asked for."""
     body = parse_body(raw, ScoreRequest)
-    model = await call.use_model(body.model)
+    model = await call.use_model(body.model, body.service_class)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("expected exactly one of the fields 'prompt' and 'messages'", param="prompt")
     if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_TOPS:

@@ -15,7 +15,7 @@ from hob.config import Config
 from hob.energy import Meter
 from hob.errors import ModelNotFound
 from hob.kvcache.contexts import ContextStore
-from hob.messages import ModelInfo
+from hob.messages import ModelInfo, Need
 from hob.service.apps import Apps
 from hob.service.audit import AuditLog
 from hob.service.backend import Backend
@@ -99,7 +99,7 @@ class Shelf(Protocol):
         """A model that is open, by its name in the catalogue."""
         ...
 
-    async def open(self, name: str, app: str) -> OpenModel:
+    async def open(self, name: str, need: Need) -> OpenModel:
         """Load a model, unless it is, and its text side. Raises ModelNotFound, ModelTooLarge, Overloaded."""
         ...
 
@@ -146,12 +146,12 @@ class Services:
     meter: Meter | None = None
     """The processor's energy. None: not measured here."""
 
-    async def bound_to(self, name: str, app: str) -> tuple[Services, ModelInfo]:
+    async def bound_to(self, name: str, need: Need) -> tuple[Services, ModelInfo]:
         """These services with the text side of the model of that name, and what it is. Loads it if need be."""
         default = self.models[0].name if self.models else ""
         if self.shelf is None or name in ("", "default", default):
             return self, self._default(name)
-        opened = await self.shelf.open(name, app)
+        opened = await self.shelf.open(name, need)
         backend = BoundBackend(self.backend, opened.info)
         bound = replace(self, backend=backend, model=opened.info.name, tokenizer=opened.tokenizer, chat=opened.chat)
         bound.__dict__["observer"] = self.observer  # one for all calls

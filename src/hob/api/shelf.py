@@ -3,19 +3,20 @@
     open(name) --> catalogue: which file --> pack --> engine process: load, or wait for room --> text side --> OpenModel
 
 The engine process decides what stays; the text side of a model that it unloads goes too. Calls for a model that is
-just being opened wait for the one that opens it.
+just being opened wait for the one that opens it, unless they need it sooner: the engine process is told of each need.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from hob.api.services import ChatCodec, OpenModel, ServedModel, TextCodec
 from hob.errors import ModelTooLarge
-from hob.messages import ModelSpec
+from hob.messages import ModelSpec, Need
 from hob.service.backend import Backend
 
 log = logging.getLogger("hob.models")
@@ -53,34 +54,40 @@ class ModelShelf:
         self._default = default
         self._opened: dict[str, OpenModel] = {}
         """By the names they were asked for."""
-        self._opening: dict[str, asyncio.Task[OpenModel]] = {}
+        self._opening: dict[tuple[str, Need], asyncio.Task[OpenModel]] = {}
+        self._reading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """By name: a file is packed once and read once, however many want it."""
 
     def installed(self) -> list[ServedModel]:
         """See `services.Shelf`."""
         others = [m for m in self._library.installed() if m.name != self._default.name]
         return [self._default, *(ServedModel(m.name, m.created, num_bytes=m.num_bytes) for m in others)]
 
-    async def open(self, name: str, app: str) -> OpenModel:
+    async def open(self, name: str, need: Need) -> OpenModel:
         """See `services.Shelf`."""
         if name in self._opened:
             return self._opened[name]
         asked, name = name, await asyncio.to_thread(self._library.resolve, name)
-        opening = self._opening.get(name)
+        key = name, need
+        opening = self._opening.get(key)
         if opening is None:
-            opening = self._opening[name] = asyncio.create_task(self._open(name))
-            opening.add_done_callback(lambda task: self._opening.pop(name))
+            opening = self._opening[key] = asyncio.create_task(self._open(name, need))
+            opening.add_done_callback(lambda task: self._opening.pop(key))
         opened = await asyncio.shield(opening)  # one caller that leaves ends nobody else's wait
         self._opened[asked] = opened
         return opened
 
-    async def _open(self, name: str) -> OpenModel:
-        spec = await asyncio.to_thread(self._library.prepare, name)
+    async def _open(self, name: str, need: Need) -> OpenModel:
+        async with self._reading[name]:
+            spec = await asyncio.to_thread(self._library.prepare, name)
         try:
-            info = await self._backend.load(spec)
+            info = await self._backend.load(spec, need)
         except ModelTooLarge as error:
             raise self._with_hint(error) from None
-        tokenizer, chat = await asyncio.to_thread(self._library.read_text, name)
-        return OpenModel(info, tokenizer, chat)
+        async with self._reading[name]:
+            if name not in self._opened:
+                self._opened[name] = OpenModel(info, *await asyncio.to_thread(self._library.read_text, name))
+            return self._opened[name]
 
     def opened(self, name: str) -> OpenModel | None:
         """See `services.Shelf`."""

@@ -130,7 +130,7 @@ class _Routes:
 
     async def run(self, call: Call, task: str, raw: bytes) -> Response:
         body = parse_body(raw, RunRequest)
-        model = await call.use_model(body.model)
+        model = await call.use_model(body.model, body.service_class)
         head = await asyncio.to_thread(self._store_of(call).load, call.app, task, body.version)
         head.check_model(model.name, model.quantisation)
         if not 1 <= len(body.texts) <= MAX_INPUTS or not all(text.strip() for text in body.texts):

@@ -64,19 +64,21 @@ def check_request(
         )
 
 
-def check_limits(request: Request, place: Place, stream_s: float) -> None:
+def check_limits(request: Request, place: Place, stream_s: float, waited_s: float) -> None:
     """Raise Overloaded if the request's deadline or limit cannot be met now.
 
-    stream_s: what a step would take with all streams that must have a row in it, this one included.
+    stream_s: what a step would take with all streams that must have a row in it, this one included. waited_s: since
+    the request arrived, e.g. for its model.
     """
     deadline_s, limit_s = request.ttft_deadline_s, request.tpot_limit_s
-    if deadline_s is not None and place.first_token_s > deadline_s:
+    expected_s = waited_s + place.first_token_s
+    if deadline_s is not None and expected_s > deadline_s:
         raise Overloaded(
-            f"the first token is wanted within {deadline_s:.3f} s, but is expected after {place.first_token_s:.3f} s: "
+            f"the first token is wanted within {deadline_s:.3f} s, but is expected after {expected_s:.3f} s: "
             f"{place.num_ahead} wait before it and its prompt has {len(request.token_ids):,} tokens. "
             "Ask for a later deadline, or none.",
             param="ttft_deadline_s",
-            retry_after_s=max(place.first_token_s - deadline_s, 1.0),
+            retry_after_s=max(expected_s - deadline_s, 1.0),
         )
     if limit_s is not None and stream_s > limit_s:
         raise Overloaded(

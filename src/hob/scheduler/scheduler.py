@@ -195,13 +195,13 @@ class Scheduler:
             max_waiting=self.config.max_waiting,
             retry_after_s=self.forecast.retry_after_s,
         )
-        sequences = sequences_of(request, now)
+        sequences = sequences_of(request, now if request.arrived_s is None else min(request.arrived_s, now))
         for sequence, matcher in zip(sequences, matchers, strict=False):
             sequence.matcher = matcher
         self.order.at(now, self.running + self.waiting + sequences)
         self.order.fairness.enter(request.app)
         try:
-            place = self._place(sequences[0])
+            place = self._place(sequences[0], now)
         finally:
             self.order.fairness.leave(request.app)
         self._requests[request.request_id] = sequences
@@ -214,7 +214,7 @@ class Scheduler:
             self.order.fairness.enter(request.app)
         return place
 
-    def _place(self, sequence: Sequence) -> Place | None:
+    def _place(self, sequence: Sequence, now: float) -> Place | None:
         """Where a new sequence stands. Raises Overloaded if that breaks a deadline or limit of its request."""
         request = sequence.request
         is_in = self.forecast.fits_now(sequence)
@@ -222,7 +222,8 @@ class Scheduler:
             return None
         num_cached = self.placement.num_cached(sequence) if request.ttft_deadline_s is not None else 0
         place = self.forecast.place(sequence, num_cached)
-        check_limits(request, place, self.forecast.stream_s(sequence) if request.tpot_limit_s is not None else 0.0)
+        stream_s = self.forecast.stream_s(sequence) if request.tpot_limit_s is not None else 0.0
+        check_limits(request, place, stream_s, waited_s=now - sequence.arrival_s)
         return None if is_in else place
 
     def cancel(self, request_id: str, now: float, num_kept: int | None = None) -> None:
@@ -237,11 +238,19 @@ class Scheduler:
                     self.placement.keep_context(sequence, num_kept)
                 self._finish(sequence, FinishReason.CANCELLED, now)
 
+    def push_out(self) -> None:
+        """Have all running sequences wait, but those that keep their blocks: another model's memory is wanted."""
+        for sequence in list(self.running):
+            if not sequence.is_kept:
+                self.placement.preempt(sequence)
+
     def park(self) -> list[list[Sequence]]:
-        """Give up all requests, none of which may be running: `resume` has them go on where they are.
+        """Give up all requests, between two steps: `resume` has them go on where they are.
 
         Returns the sequences of each.
         """
+        for sequence in list(self.running):
+            self.placement.preempt(sequence)
         parked, self._requests = list(self._requests.values()), {}
         for sequence in list(self.waiting):
             self.placement.remove(sequence)
@@ -253,6 +262,7 @@ class Scheduler:
         """Take in what another scheduler of the same model has parked."""
         for sequences in parked:
             self._requests[sequences[0].request.request_id] = sequences
+            self._app(sequences[0].request.app)
             for sequence in sequences:
                 if not sequence.is_finished:
                     self.placement.waiting.append(sequence)

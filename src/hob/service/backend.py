@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from hob.messages import ContextKv, Lease, ModelInfo, ModelSpec, Stats
+from hob.messages import ContextKv, Lease, ModelInfo, ModelSpec, Need, Stats
 from hob.request import Request
 from hob.service.outputs import Outputs
 
@@ -17,7 +17,7 @@ class Backend(Protocol):
         """The loaded model. Raises EngineUnavailable while none is."""
         ...
 
-    async def load(self, spec: ModelSpec) -> ModelInfo:
+    async def load(self, spec: ModelSpec, need: Need) -> ModelInfo:
         """Have another model loaded, unless it is. Raises ModelTooLarge, Overloaded, ModelFileError."""
         ...
 

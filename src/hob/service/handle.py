@@ -35,6 +35,7 @@ from hob.messages import (
     LoadModel,
     ModelInfo,
     ModelSpec,
+    Need,
     Publish,
     Ready,
     Report,
@@ -146,10 +147,10 @@ class EngineHandle:
         """See `backend.Backend.submit`."""
         return Outputs(request, self._begin, self._end)
 
-    async def load(self, spec: ModelSpec) -> ModelInfo:
+    async def load(self, spec: ModelSpec, need: Need) -> ModelInfo:
         """See `backend.Backend`."""
         if spec.name not in self._loaded:
-            answer = await self._call(lambda call_id: LoadModel(call_id, spec))
+            answer = await self._call(lambda call_id: LoadModel(call_id, spec, need))
             assert answer.model is not None
             self._loaded[spec.name] = answer.model
             if spec not in self.spec.others:

@@ -145,7 +145,7 @@ class Loop:
         elif isinstance(message, ForkContext | DropContext):
             residents.change_disk(lambda swap: change_disk(swap, message))
         elif isinstance(message, LoadModel):
-            residents.load(message.call_id, message.spec, now)
+            residents.load(message.call_id, message.spec, now, message.need)
         elif isinstance(message, AskContexts):
             residents.room.messages.append(Answer(message.call_id, contexts=self._context_kv(message)))
         elif isinstance(message, UnloadModel | SetLease | SetBudget):

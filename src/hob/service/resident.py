@@ -20,6 +20,12 @@ from hob.service.turns import Claim
 
 MIN_KV_TOKENS = 512
 """A model is not worth loading with less."""
+MIN_STAY_S = 2.0
+"""A model does not go sooner after it was loaded, unless it is idle: loading must be worth it."""
+PAUSE_S = 30.0
+"""A chat's next turn comes within so much: a model that had interactive work counts as urgent for as long."""
+IDLE = 3
+"""Less urgent than any class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,14 @@ class Resident:
         self.engine, self.scheduler, self.swap = opened.engine, opened.scheduler, opened.swap
         self.footprint = footprint
         self.last_used = self.since = now
+        self.last_urgent = -PAUSE_S
+        """When it was last known to have interactive work."""
+        self.stay_s = MIN_STAY_S
+        self.short_since: float | None = None
+        """Since when there is no memory for the next of its sequences. None: there is."""
         self.is_draining = self.is_freed = False
+        self.drained_for = ""
+        """The model that waits for its memory. Empty: it is drained for another reason."""
         self._ledger = ledger
         self._backing = Backing(footprint.block_bytes, footprint.page_bytes)
         self.pool.strip()
@@ -91,6 +104,14 @@ class Resident:
         held = self._ledger.held_by(self.name)
         return self.num_bytes - held.get("kv", 0) + self.footprint.kv_bytes(MIN_KV_TOKENS)
 
+    def urgency(self, now: float) -> int:
+        """The most urgent class of what it has to do or, between the turns of a chat, will have; or IDLE."""
+        placement = self.scheduler.placement
+        urgency = min((s.request.service_class for s in placement.running + placement.waiting), default=IDLE)
+        if urgency == ServiceClass.INTERACTIVE:
+            self.last_urgent = now
+        return ServiceClass.INTERACTIVE if now - self.last_urgent < PAUSE_S else urgency
+
     def claim(self) -> Claim:
         """What it has to do, for `turns.Turns`."""
         placement, clock = self.scheduler.placement, self.scheduler.order.fairness.clock
@@ -99,6 +120,13 @@ class Resident:
         apps = {request.app for request in requests if request.service_class is urgent}
         is_mixed = any(request.service_class is not urgent for request in requests)
         return Claim(self.name, ServiceClass(urgent), min(map(clock, apps)), is_mixed)
+
+    def push_out(self) -> None:
+        """Its sequences give up their blocks. What is kept of them on disk is copied before others have the memory."""
+        self.scheduler.push_out()
+        for leave in self.scheduler.placement.take_leaves():
+            if self.swap is not None:
+                self.swap.leave(self.engine, leave)
 
     # ---- memory of its KV ----
 

@@ -6,10 +6,16 @@ One process holds them all, so that one step at a time has all cores: two proces
 by the kernel's clock, and neither cost model, nor class, nor fairness would mean anything. Turns are shared out in
 `turns.py`; those that are there, and the memory they share, are in `room.py`.
 
-A request for a model that is not there waits for it; none in flight is ended by an unload. A model that is wanted for
-DRAIN_AFTER_S while all others are busy has the lowest of them drained: it takes no new requests, which wait in their
-turn. Models whose sequences fit only one at a time take turns: what the one that gives way had begun goes on when it is
-back. All is synchronous and owned by the loop; loading itself runs in `workers.py`. Time is passed in.
+A request for a model that is not there waits for it; none in flight is ended by an unload. Who comes and who goes is by
+the most urgent class of what waits for a model or runs on it, then by age or by worth:
+
+    a model whose work is less urgent     gives way at once: what it had begun goes on when it is back
+    one whose work is as urgent           is drained after DRAIN_AFTER_S: it takes no new requests, which wait
+    one whose work is more urgent         stays, until who waits has done so for PATIENCE_S: then all are equal
+
+A chat pauses between its turns: its model counts as urgent meanwhile (`Resident.urgency`). Models whose sequences fit
+only one at a time take turns. All is synchronous and owned by the loop; loading itself runs in `workers.py`. Time is
+passed in.
 """
 
 from __future__ import annotations
@@ -32,12 +38,12 @@ from hob.errors import (
 )
 from hob.kvcache.pool import BLOCK_SIZE
 from hob.kvcache.swap import Swap
-from hob.messages import Answer, Lease, MemoryStats, ModelSpec, ModelStats
-from hob.request import FinishReason, OutputError, Place, Request, Sequence, SequenceOutput
+from hob.messages import Answer, Lease, MemoryStats, ModelSpec, ModelStats, Need
+from hob.request import FinishReason, OutputError, Place, Request, Sequence, SequenceOutput, ServiceClass
 from hob.scheduler.fairness import VirtualTime
 from hob.service.leases import Leases
 from hob.service.ledger import OVERHEAD_BYTES, Ledger
-from hob.service.resident import MIN_KV_TOKENS, Footprint, Opened, Resident
+from hob.service.resident import IDLE, MIN_KV_TOKENS, MIN_STAY_S, Footprint, Opened, Resident
 from hob.service.room import Room
 from hob.service.turns import Turns
 from hob.service.workers import Workers
@@ -46,8 +52,13 @@ log = logging.getLogger("hob.engine")
 
 DRAIN_AFTER_S = 1.0
 """How long a wanted model waits for busy ones before one of them is drained."""
-MIN_STAY_S = 2.0
-"""A model is not drained sooner after it was loaded: loading must be worth it."""
+PATIENCE_S = 60.0
+"""How long a model waits behind more urgent work of others: then it has its turn, so that nobody starves."""
+MAX_STAY_S = 20.0
+"""A model that gave way to more urgent work stays twice as long the next time, up to this: what is computed again each
+time would never end else."""
+LOOK_S = 0.25
+"""How often models are asked whether they have interactive work."""
 TIE_S = 0.5
 """How long two models may both wait for memory that neither can have beside the other."""
 MAX_BEHIND_S = 20.0
@@ -85,7 +96,6 @@ class Waiting:
     request: Request
     matchers: Many[object]
     """Where its samples stand in their grammar, if it has one."""
-    since: float
 
 
 @dataclass(slots=True)
@@ -94,12 +104,15 @@ class _Wanted:
 
     spec: ModelSpec
     since: float
-    call_ids: list[int] = field(default_factory=list)
+    calls: dict[int, ServiceClass] = field(default_factory=dict)
+    """Clients that wait for the model itself, and the class of what they will ask."""
     requests: list[Waiting] = field(default_factory=list)
     parked: list[list[Sequence]] = field(default_factory=list)
     """Sequences of requests that had begun when it gave way: they go on when it is back."""
     footprint: Footprint | None = None
-    is_loading: bool = False
+    loading_since: float | None = None
+    """None: it is not being loaded yet."""
+    stay_s: float = MIN_STAY_S
     opened: Opened | None = None
     behind: set[str] = field(default_factory=set)
     """Models that it gave way to: it stands back while they have work, up to `behind_until`."""
@@ -111,6 +124,22 @@ class _Wanted:
     def num_waiting(self) -> int:
         """Requests."""
         return len(self.requests) + len(self.parked)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether it is on its way."""
+        return self.loading_since is not None
+
+    @property
+    def service_class(self) -> ServiceClass:
+        """The most urgent that waits for it. A lease alone is not urgent."""
+        requests = [w.request for w in self.requests] + [sequences[0].request for sequences in self.parked]
+        classes = [*self.calls.values(), *(request.service_class for request in requests)]
+        return min(classes, default=ServiceClass.BACKGROUND)
+
+    def urgency(self, now: float) -> ServiceClass:
+        """Its class, or the most urgent once its patience is at an end."""
+        return ServiceClass.INTERACTIVE if now - self.since > PATIENCE_S else self.service_class
 
 
 class Residents:
@@ -138,7 +167,9 @@ class Residents:
         self._specs: dict[str, ModelSpec] = {}
         self._wanted: dict[str, _Wanted] = {}
         self._published: dict[str, list[list[int]]] = {}
-        self._tied_since: float | None = None
+        self._looked_at = 0.0
+        self._least_load_s: dict[str, float] = {}
+        """By model: the least that loading it has taken."""
 
     def __iter__(self) -> Iterator[Resident]:
         """All that are ready or draining."""
@@ -182,10 +213,10 @@ class Residents:
     def submit(self, request: Request, now: float, matchers: Many[object] = ()) -> Place | None:
         """Give a request to its model's scheduler, or have it wait for its model. Raises what admission raises."""
         name = request.model or self.room.default
-        resident = self.room.residents.get(name)
-        if resident is not None and not resident.is_draining:
-            resident.last_used = now
-            return resident.scheduler.add(request, now, matchers)
+        if (resident := self._ready(name, request.service_class)) is not None:
+            place = resident.scheduler.add(request, now, matchers)
+            self._use(resident, request.service_class, now)
+            return place
         if name not in self._specs:
             raise ModelNotFound(f"model '{name}' is not known here. Known: {', '.join(self._specs)}.", param="model")
         if sum(wanted.num_waiting for wanted in self._wanted.values()) >= self._config.max_waiting:
@@ -193,8 +224,42 @@ class Residents:
                 f"{self._config.max_waiting} requests wait for models to be loaded, which is the limit",
                 retry_after_s=2.0,
             )
-        self._want(self._specs[name], now).requests.append(Waiting(request, matchers, now))
+        request.arrived_s = now if request.arrived_s is None else request.arrived_s
+        if request.ttft_deadline_s is not None:
+            self._check_due(name, request.arrived_s + request.ttft_deadline_s, now)
+        self._want(self._specs[name], now).requests.append(Waiting(request, matchers))
         return None
+
+    def _ready(self, name: str, service_class: ServiceClass) -> Resident | None:
+        """A model that takes a request of this class. One that is drained for less urgent work goes on instead."""
+        resident = self.room.residents.get(name)
+        if resident is None or not resident.is_draining:
+            return resident
+        rival = self._wanted.get(resident.drained_for)
+        if not resident.drained_for or (rival is not None and service_class >= rival.urgency(self.room.now)):
+            return None
+        resident.is_draining, resident.drained_for = False, ""
+        if (wanted := self._wanted.pop(name, None)) is not None:
+            self._take_in(wanted, resident)
+        return resident
+
+    def _use(self, resident: Resident, service_class: ServiceClass, now: float) -> None:
+        resident.last_used = now
+        if service_class is ServiceClass.INTERACTIVE:
+            resident.last_urgent = now
+
+    def _check_due(self, name: str, due_s: float, now: float) -> None:
+        """Raise Overloaded if a first token is due before a model that is not there can be."""
+        load_s, wanted = self._least_load_s.get(name, 0.0), self._wanted.get(name)
+        if wanted is not None and wanted.loading_since is not None:
+            load_s -= now - wanted.loading_since
+        if load_s > due_s - now:
+            raise Overloaded(
+                f"the first token is due in {due_s - now:.3f} s, but model '{name}' is not in memory, and to load it "
+                f"takes {load_s:.3f} s or more. Ask for a later deadline, or none.",
+                param="ttft_deadline_s",
+                retry_after_s=1.0,
+            )
 
     def cancel(self, request_id: str, now: float, num_kept: int | None = None) -> None:
         """The client left. A model that nobody else waits for is not loaded for it any more. See Scheduler.cancel."""
@@ -205,18 +270,23 @@ class Residents:
             wanted.requests = [waiting for waiting in wanted.requests if waiting.request.request_id != request_id]
             wanted.parked = [sequences for sequences in wanted.parked if id_of(sequences) != request_id]
             is_last = num_waiting > 0 and not wanted.num_waiting
-            if is_last and not wanted.is_loading and not wanted.call_ids and not self.room.leases.apps(name):
+            if is_last and not wanted.is_loading and not wanted.calls and not self.room.leases.apps(name):
                 del self._wanted[name]
 
-    def load(self, call_id: int, spec: ModelSpec, now: float) -> None:
-        """A client wants a model loaded; it is answered when that is so or cannot be."""
+    def load(self, call_id: int, spec: ModelSpec, now: float, need: Need) -> None:
+        """A client wants a model loaded; it is answered when that is so or cannot be, or not in time."""
         self.know(spec)
-        resident = self.room.residents.get(spec.name)
-        if resident is not None and not resident.is_draining:
-            resident.last_used = now
+        if (resident := self._ready(spec.name, need.service_class)) is not None:
+            self._use(resident, need.service_class, now)
             self.room.messages.append(Answer(call_id, model=self.room.info_of(resident)))
+            return
+        try:
+            if need.due_s is not None:
+                self._check_due(spec.name, need.due_s, now)
+        except Overloaded as refusal:
+            self.room.messages.append(Answer(call_id, OutputError.of(refusal)))
         else:
-            self._want(spec, now).call_ids.append(call_id)
+            self._want(spec, now).calls[call_id] = need.service_class
 
     def load_now(self, spec: ModelSpec, now: float) -> Resident:
         """Load a model within this call: the default one, at the start. Raises what keeps it from being loaded."""
@@ -243,7 +313,7 @@ class Residents:
             raise Conflict(
                 f"model '{name}' is pinned by {', '.join(self.room.leases.apps(name))}. End the lease first."
             )
-        resident.is_draining = True
+        resident.is_draining, resident.drained_for = True, ""
 
     def set_lease(self, app: str, name: str, lease: Lease | None, now: float) -> None:
         """Make, change or end an app's lease; a model that is not there is loaded for it.
@@ -288,7 +358,7 @@ class Residents:
         self._end_pins()
         self.room.set_limits()
         if self.room.ledger.free_bytes < 0:
-            self.room.make_room(0)
+            self.room.make_room(0, ServiceClass.INTERACTIVE)
         log.info("memory budget: %d bytes, %d reserved", budget_bytes, self.room.ledger.reserved_bytes)
 
     def restore(self, leases: dict[str, dict[str, Lease]], now: float) -> None:
@@ -320,30 +390,51 @@ class Residents:
                 resident.last_used = now
             elif resident.is_draining or now - resident.last_used > self.room.keep_alive_s(resident.name):
                 self.room.close(resident)
+        if now - self._looked_at > LOOK_S:
+            self._looked_at = now
+            for resident in self:
+                resident.urgency(now)
         self.room.go_on_closing()
         if self.room.ledger.free_bytes < 0:
-            self.room.make_room(0)
+            self.room.make_room(0, ServiceClass.INTERACTIVE)
         self._break_tie(now)
         if self._wanted and not any(wanted.is_loading for wanted in self._wanted.values()):
             self._begin_one(now)
 
     def _break_tie(self, now: float) -> None:
-        """Models whose waiting sequences fit only without each other's weights: the lowest that is not pinned gives
-        way. Of pinned ones there is no tie: what fits only without another pinned one is refused, or ended."""
-        busy = [resident for resident in self if resident.scheduler.has_work]
-        if len(busy) < 2 or self.room.closing or any(resident.scheduler.running for resident in busy):
-            self._tied_since = None
-        elif self._tied_since is None:
-            self._tied_since = now
-        elif now - self._tied_since > TIE_S and (free := [r for r in busy if not self.room.is_pinned(r.name)]):
-            self._tied_since = None
-            self._give_way(min(free, key=self.room.worth), now)
+        """Models that lack memory for their sequences: the most urgent has it from one that is less so.
 
-    def _give_way(self, resident: Resident, now: float) -> None:
-        log.warning("model '%s' gives way: its requests and another model's do not fit together", resident.name)
+        If no model can go on without another's weights, the lowest that is not pinned gives way. Of pinned ones there
+        is no tie: what fits only without another pinned one is refused, or ended.
+        """
+        busy = [resident for resident in self if resident.scheduler.has_work]
+        short = [(r.urgency(now), r.short_since, r) for r in busy if r.short_since is not None]
+        if len(busy) < 2 or not short or self.room.closing:
+            return
+        urgency, since, first = min(short, key=lambda entry: entry[:2])
+        if now - since < TIE_S:
+            return
+        free = [resident for resident in busy if not self.room.is_pinned(resident.name)]
+        if any(resident.scheduler.running for resident in busy):
+            least = urgency + 1 if now - since < PATIENCE_S else ServiceClass.INTERACTIVE
+            free = [r for r in free if r is not first and r.urgency(now) >= least and now - r.since > r.stay_s]
+        if not free:
+            return
+        first.short_since, first.since = None, now  # its stay begins
+        victim = min(free, key=self.room.worth)
+        if victim.scheduler.running and victim.urgency(now) > urgency:
+            victim.push_out()
+            self.room.provide(first)  # before the other starts again
+        else:
+            self._give_way(victim, {other.name for other in busy if other is not victim}, now)
+
+    def _give_way(self, resident: Resident, to: set[str], now: float) -> None:
+        """A model goes; what it has begun is parked until it is back."""
+        log.warning("model '%s' gives way to %s: they do not fit together", resident.name, ", ".join(to))
         wanted = self._want(resident.spec, now)
         wanted.parked += resident.scheduler.park()
-        wanted.behind = {other.name for other in self if other is not resident and other.scheduler.has_work}
+        wanted.stay_s = min(2 * resident.stay_s, MAX_STAY_S)
+        wanted.behind = to
         wanted.behind_until = now + MAX_BEHIND_S
         self.room.close(resident, comes_back=True)
 
@@ -410,11 +501,11 @@ class Residents:
         return self._wanted[spec.name]
 
     def _begin_one(self, now: float) -> None:
-        """Begin to load the first wanted model for which there is room; make room for the first otherwise."""
-        for wanted in sorted(self._wanted.values(), key=lambda w: w.since):
+        """Begin to load the most urgent wanted model, or make room for it."""
+        for wanted in sorted(self._wanted.values(), key=lambda w: (w.urgency(now), w.since)):
             if wanted.spec.name in self.room.residents or wanted.spec.name in self.room.closing:
                 continue  # on its way out: it comes back when it is gone
-            if now < wanted.behind_until and any(r.name in wanted.behind and r.scheduler.has_work for r in self):
+            if now < wanted.behind_until and self._is_behind(wanted, now):
                 continue
             try:
                 if self._reserve(wanted, now):
@@ -424,6 +515,15 @@ class Residents:
                 self._refuse(wanted, error)
             else:
                 return
+
+    def _is_behind(self, wanted: _Wanted, now: float) -> bool:
+        """Whether a model to which it gave way has work that is not less urgent."""
+        return any(
+            resident.name in wanted.behind
+            and resident.scheduler.has_work
+            and resident.urgency(now) <= wanted.service_class
+            for resident in self
+        )
 
     def _reserve(self, wanted: _Wanted, now: float) -> bool:
         """Reserve all a model begins with. Raises ModelTooLarge or Overloaded if that can never be."""
@@ -438,8 +538,8 @@ class Residents:
         }
         needed = sum(parts.values())
         self._check_possible(name, parts, needed)
-        if not self.room.make_room(needed, keep=name):
-            self._drain_one(wanted, now)
+        if not self.room.make_room(needed, wanted.urgency(now), keep=name):
+            self._take_from_one(wanted, now)
             return False
         for part, num_bytes in parts.items():
             if not ledger.reserve(f"{name}/{part}", num_bytes):
@@ -468,20 +568,25 @@ class Residents:
                 retry_after_s=30.0,
             )
 
-    def _drain_one(self, wanted: _Wanted, now: float) -> None:
-        """All others are busy: after a while the lowest of them takes no new requests."""
-        if now - wanted.since < DRAIN_AFTER_S or self.room.closing or any(resident.is_draining for resident in self):
+    def _take_from_one(self, wanted: _Wanted, now: float) -> None:
+        """All others are busy: the lowest of them goes, unless all have more urgent work. See the module."""
+        if self.room.closing:
             return
-        busy = [r for r in self if not self.room.is_pinned(r.name) and now - r.since > MIN_STAY_S]
-        if busy:
-            victim = min(busy, key=self.room.worth)
+        free = [r for r in self if not self.room.is_pinned(r.name) and now - r.since > r.stay_s]
+        free = [r for r in free if r.urgency(now) >= wanted.urgency(now)]
+        if not free:
+            return
+        victim = min(free, key=self.room.worth)
+        if wanted.service_class < victim.urgency(now) < IDLE:
+            self._give_way(victim, {wanted.spec.name}, now)
+        elif now - wanted.since > DRAIN_AFTER_S and not any(resident.is_draining for resident in self):
             log.info("model '%s' is drained: '%s' waits for its memory", victim.name, wanted.spec.name)
-            victim.is_draining = True
+            victim.is_draining, victim.drained_for = True, wanted.spec.name
 
     def _load(self, wanted: _Wanted) -> None:
         spec, footprint = wanted.spec, wanted.footprint
         assert footprint is not None
-        wanted.is_loading = True
+        wanted.loading_since = self.room.now
 
         def job() -> None:
             wanted.opened = self._opener.open(spec, self._num_blocks)
@@ -511,23 +616,36 @@ class Residents:
             self._refuse(wanted, Overloaded(f"the memory for the KV of model '{name}' is gone", retry_after_s=2.0))
             return
         self.room.residents[name] = resident
+        resident.stay_s = wanted.stay_s
         del self._wanted[name]
         self.num_loads += 1
+        if wanted.loading_since is not None:
+            load_s = self.room.now - wanted.loading_since
+            self._least_load_s[name] = min(load_s, self._least_load_s.get(name, load_s))
         self.room.set_limits()
-        for call_id in wanted.call_ids:
+        self._take_in(wanted, resident)
+
+    def _take_in(self, wanted: _Wanted, resident: Resident) -> None:
+        """All who waited for a model that is there now."""
+        self._use(resident, wanted.service_class, self.room.now)
+        for call_id in wanted.calls:
             self.room.messages.append(Answer(call_id, model=self.room.info_of(resident)))
         resident.scheduler.resume(wanted.parked)
         for waiting in wanted.requests:
+            request = waiting.request
             try:
-                resident.scheduler.add(waiting.request, waiting.since, waiting.matchers)
+                place = resident.scheduler.add(request, self.room.now, waiting.matchers)
             except HobError as refusal:
-                self._end(waiting.request.request_id, refusal)
+                self._end(request.request_id, refusal)
+            else:
+                if place is not None:
+                    self.room.outputs.append(SequenceOutput(request.request_id, place=place))
 
     def _refuse(self, wanted: _Wanted, error: HobError) -> None:
         """A model cannot be had: all who wait for it are told."""
         log.error("model '%s': %s", wanted.spec.name, error)
         self._wanted.pop(wanted.spec.name, None)
-        for call_id in wanted.call_ids:
+        for call_id in wanted.calls:
             self.room.messages.append(Answer(call_id, OutputError.of(error), room_bytes=error.room_bytes))
         for waiting in wanted.requests:
             self._end(waiting.request.request_id, error)

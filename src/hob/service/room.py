@@ -63,22 +63,28 @@ class Room:
         """Before a model's step: memory for the blocks its sequences lack, from what is free, else from others."""
         if not resident.scheduler.running:
             self._end_hopeless(resident)  # else one that never starts would hold up all behind it
-        if not resident.pool.num_bare:
-            return
+        is_short = resident.pool.num_bare > 0 and not self._grow(resident)
+        resident.short_since = (resident.short_since or self.now) if is_short else None
+
+    def _grow(self, resident: Resident) -> bool:
+        """As far ahead of need as is free; or what is needed next. False: there is no memory even for that."""
         total, least = resident.wanted_blocks()
         unused = resident.pool.num_unused
         if total > unused and self.pressure == "none":
             chunk = -(-(total - unused) // resident.footprint.blocks_per_page) * resident.footprint.blocks_per_page
             if resident.grow(chunk) or resident.grow(total - unused):
-                return
-        if (lack := min(least, resident.pool.max_blocks) - resident.pool.num_free) > 0 and not resident.grow(lack):
-            self.make_room(resident.missing_bytes(lack), keep=resident.name)
-            resident.grow(lack)
+                return True
+        lack = min(least, resident.pool.max_blocks) - resident.pool.num_free
+        if lack <= 0 or resident.grow(lack):
+            return True
+        self.make_room(resident.missing_bytes(lack), resident.urgency(self.now), keep=resident.name)
+        return resident.grow(lack)
 
-    def make_room(self, num_bytes: int, keep: str = "") -> bool:
+    def make_room(self, num_bytes: int, urgency: int, keep: str = "") -> bool:
         """Have `num_bytes` free: caches first, then contexts, then idle models. `keep` loses nothing.
 
-        Models that begin to close give their memory back in the next ticks; False until then.
+        urgency: of what wants it; a model that more urgent work comes back to stays. Models that begin to close give
+        their memory back in the next ticks; False until then.
         """
         others = sorted((r for r in self if r.name != keep), key=lambda r: (r.scheduler.has_work, r.last_used))
         for contexts_too in (False, True):
@@ -87,7 +93,7 @@ class Room:
                     return True
                 resident.shrink(lack, contexts_too=contexts_too)
         for resident in self._victims(keep):
-            if keep and self.now - resident.since < GRACE_S:
+            if keep and (self.now - resident.since < GRACE_S or resident.urgency(self.now) < urgency):
                 continue
             if num_bytes - self.ledger.free_bytes <= sum(r.num_bytes for r in self.closing.values()):
                 break
@@ -146,9 +152,10 @@ class Room:
         idle = [r for r in self if r.name != keep and not r.scheduler.has_work and not self.is_pinned(r.name)]
         return sorted(idle, key=self.worth)
 
-    def worth(self, resident: Resident) -> tuple[bool, int, float]:
+    def worth(self, resident: Resident) -> tuple[int, bool, int, float]:
         """Orders models: the lowest goes first."""
-        return resident.name == self.default, self.leases.rank(resident.name), resident.last_used
+        name, urgency = resident.name, resident.urgency(self.now)
+        return -urgency, name == self.default, self.leases.rank(name), resident.last_used
 
     def keep_alive_s(self, name: str) -> float:
         """Seconds without a request after which it goes."""
