@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hob.api.training import check_size
 from hob.client import Client
 from hob.errors import Conflict, InvalidRequest, NotFound
 from tests.daemons import Daemon, running, until
@@ -181,3 +182,9 @@ def test_requests_that_are_refused(daemon: Daemon, client: Client) -> None:
         client.run_task("busy", ["a"], version=9)
     with pytest.raises(InvalidRequest, match="texts"):
         client.run_task("busy", [])
+
+
+def test_a_training_takes_no_more_memory_than_is_said() -> None:
+    check_size(9320, 576)
+    with pytest.raises(InvalidRequest, match="has 9,321 examples. Expected at most 9,320 with this model: .* MiB"):
+        check_size(9321, 576)

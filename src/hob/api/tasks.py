@@ -26,7 +26,7 @@ from hob.api.inputs import MAX_INPUTS
 from hob.api.replies import json_reply
 from hob.api.routes import CallOf, add_routes
 from hob.api.schema import Body
-from hob.api.training import Trainings
+from hob.api.training import Trainings, check_size
 from hob.api.wire import usage_object
 from hob.errors import InvalidRequest, NotFound
 
@@ -109,6 +109,7 @@ class _Routes:
         check_name(task)
         if not body.examples:
             raise InvalidRequest("field 'examples' is empty. Expected texts with labels.", param="examples")
+        check_size(len(body.examples), model.hidden_size)
         for i, example in enumerate(body.examples):
             if not example.text.strip() or not example.label.strip():
                 raise InvalidRequest(f"field 'examples[{i}]' has an empty text or label", param=f"examples[{i}]")

@@ -14,11 +14,26 @@ from typing import Any
 
 import msgspec
 
-from hob.errors import Conflict
+from hob.errors import Conflict, InvalidRequest
 
 MAX_RUNNING = 2
-"""Trainings at a time, over all apps: each takes a core for seconds and some 200 MB."""
+"""Trainings at a time, over all apps: each takes a core for seconds, 110 MB, and what its examples' states take."""
+MAX_STATE_BYTES = 1 << 30
+"""What these may take in one training. They are in no ledger, so they are bounded."""
+VECTORS_PER_EXAMPLE = 50
+"""Of the model's width, copies included. Measured: 46."""
 _WORKER = "hob.tasks.worker"
+
+
+def check_size(num_examples: int, hidden_size: int) -> None:
+    """Raise InvalidRequest if the states of so many examples are too much."""
+    limit = MAX_STATE_BYTES // (4 * VECTORS_PER_EXAMPLE * hidden_size)
+    if num_examples > limit:
+        raise InvalidRequest(
+            f"field 'examples' has {num_examples:,} examples. Expected at most {limit:,} with this model: their states "
+            f"take {MAX_STATE_BYTES >> 20:,} MiB then.",
+            param="examples",
+        )
 
 
 @dataclass

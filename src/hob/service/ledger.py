@@ -3,8 +3,8 @@
     free --reserve--> reserved by an account --release--> free            reserved <= budget, unless the budget shrank
 
 Accounts are 'MODEL/weights', 'MODEL/scratch', 'MODEL/kv', 'MODEL/buffers' (of the disk tier), 'MODEL/text' (tokenizer
-and template, in the API process); adapters take 'MODEL/adapters'. It knows numbers only. The promise: PSS of all
-processes never exceeds the budget plus OVERHEAD_BYTES.
+and template, in the API process); adapters take 'MODEL/adapters'. It knows numbers only. The promise: PSS of the two
+processes never exceeds the budget plus OVERHEAD_BYTES. Children that train or pack are beside it: docs/memory.md.
 """
 
 from __future__ import annotations
