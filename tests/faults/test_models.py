@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hob.client import Client
-from hob.errors import Conflict, EngineUnavailable, HobError, NotFound, PermissionDenied
+from hob.errors import Conflict, EngineUnavailable, HobError, NotFound, Overloaded, PermissionDenied
 from hob.models.pack import ensure_packed
 from tests.daemons import Daemon, durable, hob, short_folder, until
 from tests.tiny import TinyShape, write_tiny_gguf
@@ -107,6 +107,21 @@ def test_a_lease_holds_a_model_until_it_ends(daemon: Daemon) -> None:
         until(lambda: "beta" not in names(client), "the model to go")
         with pytest.raises(NotFound, match="is not loaded"):
             client.unload("beta")
+
+
+def test_a_deadline_counts_the_loading_of_its_model(daemon: Daemon) -> None:
+    def first_token(ms: float) -> dict[str, bool]:
+        with Client(daemon.rundir.socket_path, app="test", model="beta", timeout_s=30) as client:
+            return dict(client.complete("Hello", max_tokens=1, ttft_deadline_ms=ms)["hob"]["met"])
+
+    ask(daemon, "beta")
+    for _ in range(2):  # how long it takes is known the second time at the latest
+        with daemon.client() as client:
+            client.unload("beta")
+            until(lambda: "beta" not in names(client), "the model to go")
+        with pytest.raises(Overloaded, match="first token is"):
+            first_token(1)
+        assert first_token(20_000) == {"ttft_deadline": True}
 
 
 def test_leases_outlive_the_engine_process(daemon: Daemon) -> None:
