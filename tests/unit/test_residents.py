@@ -281,8 +281,9 @@ def two_long_replies(*pinned: str, class_of_b: ServiceClass = ServiceClass.STAND
         house.ask(name, name, num_prompt=300, max_tokens=1000, service_class=service_class)
     while not (house.tokens("a") and house.tokens("b")):
         house.step()
-    for name in pinned:
-        house.residents.set_lease("app", name, Lease(is_pinned=True), house.clock.now)
+    for name in pinned:  # as if granted before the budget shrank: such a pin is refused while the replies run
+        house.residents.room.leases.put("app", name, Lease(is_pinned=True))
+    house.residents.room.set_limits()
     return house
 
 
@@ -379,6 +380,28 @@ def test_a_reply_that_fits_no_longer_is_told_and_holds_up_nobody() -> None:
     house.run(60)
     assert house.error("long") == "Overloaded"
     assert house.tokens("short") == solo(100, 8)
+
+
+def test_a_pin_ends_nobodys_reply_and_takes_no_more_than_there_is() -> None:
+    size = 9 * MB
+    limits = ResidencyConfig(kv_tokens=KV_TOKENS, max_pinned_share=1.0)
+    house = house_of("a", "b", "c", size=size, budget=2 * size + 200 * BLOCK_BYTES, limits=limits)
+    house.ask("b", "b")
+    house.run()
+    house.ask("long", "a", num_prompt=900, max_tokens=2500)
+    while len(house.tokens("long")) < 10:
+        house.step()
+    pin = Lease(is_pinned=True)
+    with pytest.raises(
+        Overloaded, match="with 'b' pinned, a request that runs or waits on 'a' could not end: .* 3,400"
+    ):
+        house.residents.set_lease("app", "b", pin, house.clock.now)
+    house.run(60)
+    assert house.tokens("long") == solo(900, 2500)
+    house.residents.set_lease("app", "b", pin, house.clock.now)
+    house.residents.set_lease("other", "a", pin, house.clock.now)
+    with pytest.raises(Overloaded, match="'c' and what is pinned already take 27,"):
+        house.residents.set_lease("third", "c", pin, house.clock.now)
 
 
 def test_the_end_of_a_lease_gives_others_their_room_back() -> None:

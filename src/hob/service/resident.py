@@ -130,6 +130,18 @@ class Resident:
 
     # ---- memory of its KV ----
 
+    @property
+    def bytes_beside_kv(self) -> int:
+        """All that is reserved for it but its KV."""
+        return sum(count for part, count in self._ledger.held_by(self.name).items() if part != "kv")
+
+    def promised_tokens(self) -> int:
+        """What the longest of its requests may come to."""
+        scheduler = self.scheduler
+        requests = [sequence.request for sequence in scheduler.running + scheduler.waiting]
+        longest = (len(r.token_ids) + max(r.sampling.max_tokens, *map(len, r.continuations), 0) for r in requests)
+        return min(max(longest, default=0), scheduler.context_length)
+
     def limit(self, num_bytes: int) -> None:
         """Its KV may take so much at most: longer sequences are refused from now on."""
         pages = max(num_bytes, 0) // self.footprint.page_bytes

@@ -318,7 +318,7 @@ class Residents:
     def set_lease(self, app: str, name: str, lease: Lease | None, now: float) -> None:
         """Make, change or end an app's lease; a model that is not there is loaded for it.
 
-        Raises NotFound, PermissionDenied above the owner's cap.
+        Raises NotFound, PermissionDenied above the owner's cap, Overloaded where a pin finds no room now.
         """
         if lease is None:
             self.room.leases.end(app, name)
@@ -342,6 +342,21 @@ class Residents:
                 f"app '{app}' would pin {num_bytes:,} bytes with '{name}'. The owner allows {cap:,} "
                 f"({self._config.max_pinned_share:.0%} of the memory budget, setting 'max_pinned_share')."
             )
+        pinned = {pinned_name for _, pinned_name, _ in self.room.leases.pins()} | {name}
+        if (total := self._size_of(pinned)) > self.room.ledger.budget_bytes:
+            raise Overloaded(
+                f"'{name}' and what is pinned already take {total:,} bytes, more than the memory budget of "
+                f"{self.room.ledger.budget_bytes:,}. Wait until another lease ends.",
+                retry_after_s=30.0,
+            )
+        for resident in self:
+            left = self.room.ledger.budget_bytes - self._size_of(pinned - {resident.name}) - resident.bytes_beside_kv
+            if left < resident.footprint.kv_bytes(resident.promised_tokens()):
+                raise Overloaded(
+                    f"with '{name}' pinned, a request that runs or waits on '{resident.name}' could not end: it may "
+                    f"need {resident.promised_tokens():,} tokens of KV. Come back when it has.",
+                    retry_after_s=10.0,
+                )
 
     def _size_of(self, names: set[str]) -> int:
         """What models take, or would, for as long as they are there."""

@@ -235,5 +235,4 @@ class Room:
         """How long a sequence may be, by model: all of the budget that nobody else has for good."""
         for resident in self:
             others = sum(r.fixed_bytes for r in self if r is not resident and self.is_pinned(r.name))
-            fixed = sum(n for part, n in self.ledger.held_by(resident.name).items() if part != "kv")
-            resident.limit(self.ledger.budget_bytes - others - fixed)
+            resident.limit(self.ledger.budget_bytes - others - resident.bytes_beside_kv)
