@@ -34,7 +34,6 @@ from hob.errors import (
     ModelNotFound,
     ModelTooLarge,
     Overloaded,
-    PermissionDenied,
 )
 from hob.kvcache.pool import BLOCK_SIZE
 from hob.kvcache.swap import Swap
@@ -43,6 +42,7 @@ from hob.request import FinishReason, OutputError, Place, Request, Sequence, Seq
 from hob.scheduler.fairness import VirtualTime
 from hob.service.leases import Leases
 from hob.service.ledger import OVERHEAD_BYTES, Ledger
+from hob.service.pins import Pins
 from hob.service.resident import IDLE, MIN_KV_TOKENS, MIN_STAY_S, Footprint, Opened, Resident
 from hob.service.room import Room
 from hob.service.turns import Turns
@@ -160,6 +160,7 @@ class Residents:
         self.turns = Turns(scheduler.urgent_stretch, scheduler.max_step_s)
         self.fairness = VirtualTime()
         self.num_loads = 0
+        self._pins = Pins(self.room, self._size_of, config.max_pinned_share)
         self._opener = opener
         self._workers = workers
         self._config = config
@@ -328,41 +329,14 @@ class Residents:
             self.room.known(name)  # raises
         self.room.leases.check(lease)
         if lease.is_pinned:
-            self._check_pinned(app, name)
+            self._pins.check(app, name)
         self.room.leases.put(app, name, lease)
         if name not in self.room.residents:
             self._want(self._specs[name], now)
         self.room.set_limits()
 
-    def _check_pinned(self, app: str, name: str) -> None:
-        num_bytes = self._size_of(self.room.leases.pinned_by(app) | {name})
-        cap = int(self._config.max_pinned_share * self.room.ledger.budget_bytes)
-        if num_bytes > cap:
-            raise PermissionDenied(
-                f"app '{app}' would pin {num_bytes:,} bytes with '{name}'. The owner allows {cap:,} "
-                f"({self._config.max_pinned_share:.0%} of the memory budget, setting 'max_pinned_share')."
-            )
-        pinned = {pinned_name for _, pinned_name, _ in self.room.leases.pins()} | {name}
-        if (total := self._size_of(pinned)) > self.room.ledger.budget_bytes:
-            raise Overloaded(
-                f"'{name}' and what is pinned already take {total:,} bytes, more than the memory budget of "
-                f"{self.room.ledger.budget_bytes:,}. Wait until another lease ends.",
-                retry_after_s=30.0,
-            )
-        for resident in self:
-            left = self.room.ledger.budget_bytes - self._size_of(pinned - {resident.name}) - resident.bytes_beside_kv
-            if left < resident.footprint.kv_bytes(resident.promised_tokens()):
-                raise Overloaded(
-                    f"with '{name}' pinned, a request that runs or waits on '{resident.name}' could not end: it may "
-                    f"need {resident.promised_tokens():,} tokens of KV. Come back when it has.",
-                    retry_after_s=10.0,
-                )
-
-    def _size_of(self, names: set[str]) -> int:
-        """What models take, or would, for as long as they are there."""
-        return sum(self._size_of_one(name) for name in names)
-
-    def _size_of_one(self, name: str) -> int:
+    def _size_of(self, name: str) -> int:
+        """What a model takes, or would, for as long as it is there."""
         if (resident := self.room.residents.get(name)) is not None:
             return resident.fixed_bytes
         return self._opener.footprint(self._specs[name]).num_bytes + self._specs[name].text_bytes
@@ -370,7 +344,7 @@ class Residents:
     def set_budget(self, budget_bytes: int) -> None:
         """Change the budget; what is too much is given back at once as far as nobody needs it, the rest as they end."""
         self.room.ledger.set_budget(budget_bytes)
-        self._end_pins()
+        self._pins.end_excess()
         self.room.set_limits()
         if self.room.ledger.free_bytes < 0:
             self.room.make_room(0, ServiceClass.INTERACTIVE)
@@ -384,15 +358,6 @@ class Residents:
                     self.set_lease(app, name, lease, now)
                 except HobError as error:
                     self.room.end_lease(app, name, error.message)
-
-    def _end_pins(self) -> None:
-        """The owner's budget goes before an app's pin: those that are too much now end, the lowest rank first."""
-        budget = self.room.ledger.budget_bytes
-        for _, name, app in self.room.leases.pins():
-            pinned = {name for _, name, _ in self.room.leases.pins()}
-            is_over_cap = self._size_of(self.room.leases.pinned_by(app)) > self._config.max_pinned_share * budget
-            if is_over_cap or self._size_of(pinned) > budget:
-                self.room.end_lease(app, name, f"the memory budget is {budget:,} bytes now")
 
     # ---- between steps ----
 
