@@ -618,6 +618,14 @@ def test_a_background_job_does_not_take_the_model_of_a_chat_and_comes_in_the_end
     assert house.tokens("job") == solo(40, 8)
 
 
+def test_a_standard_request_does_not_wait_for_a_chat_that_pauses() -> None:
+    house = one_at_a_time()
+    talk(house, 1)
+    house.ask("other", "c", service_class=ServiceClass.STANDARD)
+    play(house, LOAD_S + 1)
+    assert house.tokens("other") == solo(40, 8)
+
+
 def test_a_background_job_has_its_turn_when_the_chat_is_over() -> None:
     house = one_at_a_time()
     talk(house, 1)

@@ -23,7 +23,7 @@ MIN_KV_TOKENS = 512
 MIN_STAY_S = 2.0
 """A model does not go sooner after it was loaded, unless it is idle: loading must be worth it."""
 PAUSE_S = 30.0
-"""A chat's next turn comes within so much: a model that had interactive work counts as urgent for as long."""
+"""A chat's next turn comes within so much: background work leaves its model alone for as long."""
 IDLE = 3
 """Less urgent than any class."""
 
@@ -105,12 +105,18 @@ class Resident:
         return self.num_bytes - held.get("kv", 0) + self.footprint.kv_bytes(MIN_KV_TOKENS)
 
     def urgency(self, now: float) -> int:
-        """The most urgent class of what it has to do or, between the turns of a chat, will have; or IDLE."""
+        """The most urgent class of what it has to do; or IDLE.
+
+        Between the turns of a chat STANDARD: background work does not cost the chat its model, but who may have a
+        person waiting does not wait for one who reads.
+        """
         placement = self.scheduler.placement
         urgency = min((s.request.service_class for s in placement.running + placement.waiting), default=IDLE)
         if urgency == ServiceClass.INTERACTIVE:
             self.last_urgent = now
-        return ServiceClass.INTERACTIVE if now - self.last_urgent < PAUSE_S else urgency
+        elif now - self.last_urgent < PAUSE_S:
+            return min(urgency, ServiceClass.STANDARD)
+        return urgency
 
     def claim(self) -> Claim:
         """What it has to do, for `turns.Turns`."""

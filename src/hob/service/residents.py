@@ -13,7 +13,7 @@ the most urgent class of what waits for a model or runs on it, then by age or by
     one whose work is as urgent           is drained after DRAIN_AFTER_S: it takes no new requests, which wait
     one whose work is more urgent         stays, until who waits has done so for PATIENCE_S: then all are equal
 
-A chat pauses between its turns: its model counts as urgent meanwhile (`Resident.urgency`). Models whose sequences fit
+A chat pauses between its turns: its model counts as standard meanwhile (`Resident.urgency`). Models whose sequences fit
 only one at a time take turns. All is synchronous and owned by the loop; loading itself runs in `workers.py`. Time is
 passed in.
 """
