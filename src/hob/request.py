@@ -259,6 +259,11 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     place: Place | None = None
     """It waits: said once, at admission, in an output that brings nothing else."""
 
+    @classmethod
+    def failed(cls, request_id: str, error: HobError, index: int = 0) -> SequenceOutput:
+        """The only output of a sequence that no scheduler has."""
+        return cls(request_id, index, finish_reason=FinishReason.ERROR, error=OutputError.of(error))
+
 
 @dataclass(slots=True)
 class Density:

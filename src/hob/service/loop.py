@@ -43,7 +43,7 @@ from hob.messages import (
     UnloadModel,
     Vocabulary,
 )
-from hob.request import FinishReason, OutputError, Request, SequenceOutput
+from hob.request import OutputError, SequenceOutput
 from hob.service.compiling import Compiled, Compiling
 from hob.service.inbox import Inbox
 from hob.service.ledger import Ledger
@@ -133,7 +133,7 @@ class Loop:
             try:
                 self._compiling_of(message.request.model).begin(message.request)
             except HobError as error:
-                return [_refused(message.request, error)]
+                return [SequenceOutput.failed(message.request.request_id, error)]
         elif isinstance(message, Vocabulary):
             self._compiling_of(message.model).learn(message)
         elif isinstance(message, Cancel):
@@ -165,7 +165,7 @@ class Loop:
                 raise compiled.error
             place = self._residents.submit(compiled.request, self._clock(), compiled.matchers)
         except HobError as error:
-            return [_refused(compiled.request, error)]
+            return [SequenceOutput.failed(compiled.request.request_id, error)]
         return [] if place is None else [SequenceOutput(compiled.request.request_id, place=place)]
 
     def _answer(self, message: UnloadModel | SetLease | SetBudget, now: float) -> Answer:
@@ -206,10 +206,6 @@ class Loop:
             self._stats_due = now + STATS_INTERVAL_S
         if outputs or is_due:
             self._inbox.send(Report(outputs, self._stats() if is_due else None))
-
-
-def _refused(request: Request, error: HobError) -> SequenceOutput:
-    return SequenceOutput(request.request_id, finish_reason=FinishReason.ERROR, error=OutputError.of(error))
 
 
 def change_disk(swap: Swap, message: ForkContext | DropContext) -> None:

@@ -101,8 +101,12 @@ class Resident:
     @property
     def fixed_bytes(self) -> int:
         """What it takes for as long as it is there: all but its KV, and the least that it has of that."""
-        held = self._ledger.held_by(self.name)
-        return self.num_bytes - held.get("kv", 0) + self.footprint.kv_bytes(MIN_KV_TOKENS)
+        return self.bytes_beside_kv + self.footprint.kv_bytes(MIN_KV_TOKENS)
+
+    @property
+    def bytes_beside_kv(self) -> int:
+        """All that is reserved for it but its KV."""
+        return sum(count for part, count in self._ledger.held_by(self.name).items() if part != "kv")
 
     def urgency(self, now: float) -> int:
         """The most urgent class of what it has to do; or IDLE.
@@ -135,11 +139,6 @@ class Resident:
                 self.swap.leave(self.engine, leave)
 
     # ---- memory of its KV ----
-
-    @property
-    def bytes_beside_kv(self) -> int:
-        """All that is reserved for it but its KV."""
-        return sum(count for part, count in self._ledger.held_by(self.name).items() if part != "kv")
 
     def promised_tokens(self) -> int:
         """What the longest of its requests may come to."""

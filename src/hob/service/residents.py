@@ -38,7 +38,7 @@ from hob.errors import (
 from hob.kvcache.pool import BLOCK_SIZE
 from hob.kvcache.swap import Swap
 from hob.messages import Answer, Lease, MemoryStats, ModelSpec, ModelStats, Need
-from hob.request import FinishReason, OutputError, Place, Request, Sequence, SequenceOutput, ServiceClass
+from hob.request import OutputError, Place, Request, Sequence, SequenceOutput, ServiceClass
 from hob.scheduler.fairness import VirtualTime
 from hob.service.leases import Leases
 from hob.service.ledger import OVERHEAD_BYTES, Ledger
@@ -635,9 +635,7 @@ class Residents:
                     self._end(id_of(sequences), error, sequence.index)
 
     def _end(self, request_id: str, error: HobError, index: int = 0) -> None:
-        self.room.outputs.append(
-            SequenceOutput(request_id, index, finish_reason=FinishReason.ERROR, error=OutputError.of(error))
-        )
+        self.room.outputs.append(SequenceOutput.failed(request_id, error, index))
 
 
 def id_of(sequences: list[Sequence]) -> str:

@@ -15,7 +15,7 @@ import msgspec
 from hob.errors import NotFound, Overloaded
 from hob.kvcache.pool import BLOCK_SIZE
 from hob.messages import MAX_APPS, FromEngine, LeasesEnded, ModelInfo, ModelStats, Stats, Unloaded
-from hob.request import FinishReason, OutputError, SequenceOutput
+from hob.request import SequenceOutput
 from hob.service.leases import Leases
 from hob.service.ledger import Ledger
 from hob.service.resident import Resident
@@ -225,9 +225,7 @@ class Room:
                 f"the memory budget, {self.ledger.budget_bytes:,} bytes now, and what is pinned leave {limit:,} tokens "
                 f"of KV to model '{resident.name}': the request no longer fits"
             )
-            self.outputs.append(
-                SequenceOutput(request_id, finish_reason=FinishReason.ERROR, error=OutputError.of(error))
-            )
+            self.outputs.append(SequenceOutput.failed(request_id, error))
 
     # ---- limits ----
 
